@@ -1,0 +1,1 @@
+//! The kvhook contract: raw ABI types, the C header's source, and the safe author side.

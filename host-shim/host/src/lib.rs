@@ -1,0 +1,1 @@
+//! The host between an engine and its plugins: loads, checks, commits, falls back, measures.

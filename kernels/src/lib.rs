@@ -1,0 +1,1 @@
+//! What plugins and host compute with: one function per operation.

@@ -1,0 +1,1 @@
+//! The plugin that implements every hook point and keeps everything.

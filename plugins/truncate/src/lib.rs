@@ -1,0 +1,1 @@
+//! The plugin that keeps sinks, recent entries and a sample of the history.

@@ -1,0 +1,1 @@
+//! Benchmarks that gate on ratios within one run.

@@ -1,0 +1,1 @@
+//! What crosses crates: conformance, faults, and the real model end to end.
