@@ -304,6 +304,8 @@ pub struct KvhookPrepareSequence {
     pub next_position: u64,
     /// As in `KvhookAsk`.
     pub shared_rows: u64,
+    /// As in `KvhookAsk`.
+    pub published_rows: u64,
     /// Out: the ticket; 0: kept, `reason` says why. The same on every rank.
     pub ticket: u64,
     /// Out: why it is kept.
@@ -415,6 +417,18 @@ pub struct KvhookTimes {
     pub buckets: [u64; KVHOOK_TIME_BUCKETS],
 }
 
+/// How often sequences stayed as they were for one reason. Frozen.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct KvhookReasonCount {
+    /// The reason.
+    pub reason: KvhookReason,
+    /// Zero.
+    pub reserved0: u32,
+    /// How often.
+    pub count: u64,
+}
+
 /// Figures of one arm since the host was made.
 #[repr(C)]
 pub struct KvhookFigures {
@@ -438,6 +452,9 @@ pub struct KvhookFigures {
     pub bytes_freed: u64,
     /// Fallbacks of every reason.
     pub fallbacks: u64,
+    /// `KvhookReasonCount` elements, lent by the engine; none if `count` is 0. Out: those that are not zero, by
+    /// reason, as many as fit; `count` says how many were written.
+    pub reasons: KvhArrayMut,
     /// `bound`, `on_prefill_done`, `on_grown`, `before_attention`, `on_free`, and the host's commit.
     pub bound: KvhookTimes,
     /// See `bound`.

@@ -1,0 +1,137 @@
+//! One buffer of K and one of V for each sequence and layer.
+
+use std::collections::HashMap;
+
+use super::{KvBuffer, KvDtype, LayerView, RowLayout, SequenceId};
+
+/// Rows that a new buffer has room for, and the granule to which a shrunk one is rounded.
+const MIN_ROWS: usize = 16;
+
+/// The contiguous cache of one rank: buffers `[kv_heads, capacity, head_dim]`.
+#[derive(Debug)]
+pub struct ContiguousCache {
+    dtype: KvDtype,
+    layers: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    sequences: HashMap<SequenceId, Vec<Buffers>>,
+}
+
+#[derive(Debug)]
+struct Buffers {
+    k: KvBuffer,
+    v: KvBuffer,
+    capacity: usize,
+}
+
+impl ContiguousCache {
+    /// An empty cache.
+    pub fn new(dtype: KvDtype, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
+        Self { dtype, layers, kv_heads, head_dim, sequences: HashMap::new() }
+    }
+
+    /// A layer's buffers of a sequence, with room for `rows` rows; `kept` rows survive if they must move.
+    pub fn layer(&mut self, sequence: SequenceId, layer: usize, kept: usize, rows: usize) -> LayerView<'_> {
+        let (dtype, heads, head_dim) = (self.dtype, self.kv_heads, self.head_dim);
+        let layers = self.layers;
+        let buffers = &mut self.sequences.entry(sequence).or_insert_with(|| {
+            let empty = |_| Buffers { k: KvBuffer::new(dtype, 0), v: KvBuffer::new(dtype, 0), capacity: 0 };
+            (0..layers).map(empty).collect()
+        })[layer];
+        if rows > buffers.capacity {
+            let capacity = rows.max(2 * buffers.capacity).max(MIN_ROWS);
+            buffers.reallocate(capacity, kept, heads, head_dim);
+        }
+        // One block that holds the whole sequence; max(1) keeps the formula's division defined while it is empty.
+        let layout = RowLayout::blocked(heads, buffers.capacity.max(1), head_dim);
+        LayerView { k: &mut buffers.k, v: &mut buffers.v, layout }
+    }
+
+    /// Gives back the room beyond the first `rows` rows of a layer, and returns the bytes freed.
+    pub fn shrink(&mut self, sequence: SequenceId, layer: usize, rows: usize) -> usize {
+        let (heads, head_dim) = (self.kv_heads, self.head_dim);
+        let Some(buffers) = self.sequences.get_mut(&sequence).and_then(|layers| layers.get_mut(layer)) else {
+            return 0;
+        };
+        let before = buffers.bytes();
+        let capacity = rows.next_multiple_of(MIN_ROWS);
+        if capacity < buffers.capacity {
+            buffers.reallocate(capacity, rows, heads, head_dim);
+        }
+        before - buffers.bytes()
+    }
+
+    /// Drops a sequence's buffers.
+    pub fn free(&mut self, sequence: SequenceId) {
+        self.sequences.remove(&sequence);
+    }
+
+    /// Bytes allocated now.
+    pub fn bytes(&self) -> usize {
+        self.sequences.values().flatten().map(Buffers::bytes).sum()
+    }
+}
+
+impl Buffers {
+    fn bytes(&self) -> usize {
+        self.k.bytes() + self.v.bytes()
+    }
+
+    /// Moves the first `kept` rows of each head to new buffers.
+    fn reallocate(&mut self, capacity: usize, kept: usize, heads: usize, head_dim: usize) {
+        for buffer in [&mut self.k, &mut self.v] {
+            let mut fresh = KvBuffer::new(buffer.dtype(), heads * capacity * head_dim);
+            for head in 0..heads {
+                let (to, from) = (head * capacity * head_dim, head * self.capacity * head_dim);
+                fresh.copy_from(to, buffer, from, kept * head_dim);
+            }
+            *buffer = fresh;
+        }
+        self.capacity = capacity;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(cache: &mut ContiguousCache, id: SequenceId, from: usize, to: usize) {
+        for t in from..to {
+            let mut view = cache.layer(id, 1, t, t + 1);
+            for h in 0..2 {
+                let value = (t * 10 + h) as f32;
+                view.write(&[], t, h, &[value; 8], &[-value; 8]);
+            }
+        }
+    }
+
+    fn check(cache: &mut ContiguousCache, id: SequenceId, rows: usize) {
+        let view = cache.layer(id, 1, rows, rows);
+        for t in 0..rows {
+            for h in 0..2 {
+                let at = view.layout.row(&[], t, h);
+                let (mut k, mut v) = ([0.0; 8], [0.0; 8]);
+                view.k.read(at, &mut k);
+                view.v.read(at, &mut v);
+                assert_eq!((k, v), ([(t * 10 + h) as f32; 8], [-((t * 10 + h) as f32); 8]));
+            }
+        }
+    }
+
+    #[test]
+    fn grows_and_shrinks_with_its_rows() {
+        let id = SequenceId::new(7);
+        let mut cache = ContiguousCache::new(KvDtype::F32, 2, 2, 8);
+        fill(&mut cache, id, 0, 100);
+        check(&mut cache, id, 100);
+        // 16, doubled until it holds 100; K and V of two heads of eight channels.
+        assert_eq!(cache.bytes(), 2 * 128 * 2 * 8 * 4);
+        assert_eq!(cache.shrink(id, 1, 20), 2 * (128 - 32) * 2 * 8 * 4);
+        assert_eq!(cache.bytes(), 2 * 32 * 2 * 8 * 4);
+        check(&mut cache, id, 20);
+        fill(&mut cache, id, 20, 40);
+        check(&mut cache, id, 40);
+        cache.free(id);
+        assert_eq!(cache.bytes(), 0);
+    }
+}

@@ -1,0 +1,30 @@
+//! A pool of blocks for each layer.
+
+use super::{KvBuffer, KvDtype, LayerView, RowLayout};
+
+/// The paged cache of one rank: for each layer K and V of `[blocks, kv_heads, block_size, head_dim]`.
+#[derive(Debug)]
+pub struct PagedCache {
+    layers: Vec<(KvBuffer, KvBuffer)>,
+    layout: RowLayout,
+}
+
+impl PagedCache {
+    /// A zeroed pool of `blocks` blocks for each layer.
+    pub fn new(dtype: KvDtype, layers: usize, blocks: usize, layout: RowLayout) -> Self {
+        let len = blocks * layout.stride_block;
+        let layers = (0..layers).map(|_| (KvBuffer::new(dtype, len), KvBuffer::new(dtype, len))).collect();
+        Self { layers, layout }
+    }
+
+    /// A layer's pool.
+    pub fn layer(&mut self, layer: usize) -> LayerView<'_> {
+        let (k, v) = &mut self.layers[layer];
+        LayerView { k, v, layout: self.layout }
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|(k, v)| k.bytes() + v.bytes()).sum()
+    }
+}

@@ -1,0 +1,240 @@
+//! Moving runs of rows from one view to another.
+
+use std::ops::Range;
+
+use crate::error::KernelError;
+use crate::rows::{BlockTable, Rows};
+
+/// Bytes from which on a general memmove is faster than rows copied in line.
+const RUN_BYTES: usize = 4096;
+
+/// Two views of which rows move from the first to the second.
+pub(crate) struct Mover<'a> {
+    source: &'a Rows,
+    destination: &'a Rows,
+    /// Heads to move one by one; where one token's heads are moved together, the first of them.
+    pub(crate) heads: Range<usize>,
+    /// Bytes that move together: a row, or a token's rows of all heads.
+    unit: usize,
+    /// Whether the elements of a row are adjacent in both views.
+    dense: bool,
+    /// Whether what moves together is adjacent from token to token in both views.
+    adjacent: bool,
+}
+
+impl<'a> Mover<'a> {
+    /// `shared`: all heads move the same rows.
+    pub(crate) fn new(
+        source: &'a Rows,
+        destination: &'a Rows,
+        heads: Range<usize>,
+        shared: bool,
+    ) -> Result<Self, KernelError> {
+        let (from, to) = (source.layout(), destination.layout());
+        if from.dtype != to.dtype {
+            return Err(KernelError::DtypeMismatch {
+                source_dtype: from.dtype,
+                destination_dtype: to.dtype,
+            });
+        }
+        if from.head_dim != to.head_dim {
+            return Err(KernelError::HeadDimMismatch {
+                what: "destination",
+                found: to.head_dim,
+                expected: from.head_dim,
+            });
+        }
+        source.check(heads.clone(), 0..0)?;
+        destination.check(heads.clone(), 0..0)?;
+        let row = from.row_bytes();
+        let dense = from.dense_rows() && to.dense_rows();
+        let adjacent_heads = |rows: &Rows| {
+            rows.layout().stride_head == row as isize
+                && rows
+                    .table()
+                    .is_none_or(|table: &BlockTable| table.stride_head == 0)
+        };
+        let together = shared
+            && dense
+            && !heads.is_empty()
+            && adjacent_heads(source)
+            && adjacent_heads(destination);
+        let (heads, unit) = if together {
+            (heads.start..heads.start + 1, row * heads.len())
+        } else {
+            (heads, row)
+        };
+        let adjacent = dense && from.stride_token == unit as isize && to.stride_token == unit as isize;
+        Ok(Self { source, destination, heads, unit, dense, adjacent })
+    }
+
+    /// Adjacent tokens from which on moving them as one piece is faster than row by row; `None`: it never is.
+    pub(crate) fn worthwhile_run(&self) -> Option<usize> {
+        self.adjacent.then(|| RUN_BYTES.div_ceil(self.unit).max(2))
+    }
+
+    /// Whether both views describe the same rows, so that a move is in place.
+    pub(crate) fn in_place(&self) -> bool {
+        let (from, to) = (self.source, self.destination);
+        let strides = |rows: &Rows| {
+            let layout = rows.layout();
+            let block = if layout.block_size == 0 {
+                0
+            } else {
+                layout.stride_block
+            };
+            (
+                rows.base(),
+                block,
+                layout.stride_token,
+                layout.stride_head,
+                layout.block_size,
+            )
+        };
+        let table = |rows: &Rows| {
+            rows.table()
+                .map(|table| (table.data, table.kind, table.stride_head))
+        };
+        strides(from) == strides(to) && table(from) == table(to)
+    }
+
+    /// Moves rows `from .. from + count` of a head to `to ..`; where both are the same memory, as if through a buffer.
+    ///
+    /// # Safety
+    /// The rows must be inside both views, and the head among `heads`.
+    #[inline]
+    pub(crate) unsafe fn move_run(&self, from: usize, to: usize, count: usize, head: usize) {
+        let upwards = to > from && self.in_place();
+        let mut done = 0;
+        while done < count {
+            // Upwards the last rows move first, so that none is overwritten before it was read.
+            let (from, to, chunk) = if upwards {
+                let left = count - done;
+                let chunk = left
+                    .min(last_of_block(self.source, from + left))
+                    .min(last_of_block(self.destination, to + left));
+                (from + left - chunk, to + left - chunk, chunk)
+            } else {
+                let chunk = (count - done)
+                    .min(rest_of_block(self.source, from + done))
+                    .min(rest_of_block(self.destination, to + done));
+                (from + done, to + done, chunk)
+            };
+            // SAFETY: the caller promises the rows; the chunk stays within one block of each view.
+            unsafe {
+                self.move_chunk(
+                    self.source.locate(from, head),
+                    self.destination.locate(to, head),
+                    chunk,
+                    upwards,
+                );
+            }
+            done += chunk;
+        }
+    }
+
+    /// # Safety
+    /// `count` rows from each address on must be inside one block of the views.
+    #[inline]
+    unsafe fn move_chunk(&self, source: *const u8, destination: *mut u8, count: usize, upwards: bool) {
+        if self.adjacent {
+            // SAFETY: the rows are adjacent in both views.
+            unsafe { std::ptr::copy(source, destination, count * self.unit) };
+            return;
+        }
+        let (from_stride, to_stride) = (self.source.layout().stride_token, self.destination.layout().stride_token);
+        for place in 0..count {
+            let place = if upwards { count - 1 - place } else { place } as isize;
+            // SAFETY: the caller promises both rows.
+            unsafe {
+                self.move_unit(
+                    source.wrapping_offset(place * from_stride),
+                    destination.wrapping_offset(place * to_stride),
+                );
+            }
+        }
+    }
+
+    /// Moves one row, or a token's rows of all heads.
+    ///
+    /// # Safety
+    /// The rows must be inside both views, and the head among `heads`.
+    #[inline(always)]
+    pub(crate) unsafe fn move_one(&self, from: usize, to: usize, head: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.move_unit(self.source.locate(from, head), self.destination.locate(to, head)) };
+    }
+
+    /// # Safety
+    /// A row at each address must be inside the views.
+    #[inline(always)]
+    unsafe fn move_unit(&self, source: *const u8, destination: *mut u8) {
+        if source == destination {
+            return;
+        }
+        // SAFETY: the caller promises both rows; two different rows do not overlap.
+        unsafe {
+            if self.dense {
+                copy_row(source, destination, self.unit);
+            } else {
+                self.move_elements(source, destination);
+            }
+        }
+    }
+
+    /// # Safety
+    /// A row at each address must be inside the views.
+    unsafe fn move_elements(&self, source: *const u8, destination: *mut u8) {
+        let (from, to) = (self.source.layout(), self.destination.layout());
+        for element in 0..from.head_dim as isize {
+            let source = source.wrapping_offset(element * from.stride_element);
+            let destination = destination.wrapping_offset(element * to.stride_element);
+            // SAFETY: the caller promises all elements of the row.
+            unsafe { std::ptr::copy(source, destination, from.dtype.size()) };
+        }
+    }
+}
+
+/// Copies a row by pieces of 64 and 16 bytes, in line: for a row of some hundred bytes the call of a general memcpy costs
+/// as much as the copy.
+///
+/// # Safety
+/// `bytes` bytes must be readable and writable, and not overlap.
+#[inline(always)]
+unsafe fn copy_row(source: *const u8, destination: *mut u8, bytes: usize) {
+    let mut done = 0;
+    // SAFETY: each piece ends at or before `bytes`.
+    unsafe {
+        while done + 64 <= bytes {
+            let piece: [u128; 4] = source.add(done).cast::<[u128; 4]>().read_unaligned();
+            destination.add(done).cast::<[u128; 4]>().write_unaligned(piece);
+            done += 64;
+        }
+        while done + 16 <= bytes {
+            let piece: u128 = source.add(done).cast::<u128>().read_unaligned();
+            destination.add(done).cast::<u128>().write_unaligned(piece);
+            done += 16;
+        }
+        if done < bytes {
+            destination.add(done).copy_from_nonoverlapping(source.add(done), bytes - done);
+        }
+    }
+}
+
+/// Rows from `token` to the end of its block, itself included.
+#[inline]
+fn rest_of_block(rows: &Rows, token: usize) -> usize {
+    match rows.layout().block_size {
+        0 => usize::MAX,
+        size => size - token % size,
+    }
+}
+
+/// Rows from the start of its block to `end`, the block being that of the row before `end`.
+#[inline]
+fn last_of_block(rows: &Rows, end: usize) -> usize {
+    match rows.layout().block_size {
+        0 => usize::MAX,
+        size => (end - 1) % size + 1,
+    }
+}

@@ -1,0 +1,152 @@
+//! Moving the rows that a plan keeps.
+
+use std::ops::Range;
+
+use crate::check::{BadIndex, IndexFault, Indices};
+use crate::copy::Mover;
+use crate::error::KernelError;
+use crate::rows::Rows;
+
+/// Places that are moved head by head before going on, where the heads of a token lie closer than the tokens of a head.
+const TILE: usize = 128;
+
+/// Moves the selected rows of K or V of one layer to the front: row `indices[h][j]` to row `destination_start + j`.
+///
+/// In place (both views describe the same rows), no row may move up: `indices[h][j] >= destination_start + j`, which
+/// ascending indices from `destination_start` on always fulfil. Otherwise the two views must not overlap, and any order is
+/// allowed. Runs of adjacent indices are moved at once where the layout makes their rows adjacent.
+///
+/// Floor: reads and writes each kept row once, `2 * heads * count * head_dim * dtype` bytes.
+///
+/// # Errors
+/// Everything is checked before the first row moves: dtypes, head dimensions, heads, each index against the source,
+/// the last place against the destination, [`KernelError::Overtakes`].
+pub fn gather(
+    source: &Rows,
+    destination: &Rows,
+    heads: Range<usize>,
+    indices: &Indices<'_>,
+    destination_start: usize,
+) -> Result<(), KernelError> {
+    let shared = indices.stride_head == 0;
+    let mover = Mover::new(source, destination, heads.clone(), shared)?;
+    destination.check(
+        0..0,
+        destination_start..destination_start.saturating_add(indices.count),
+    )?;
+    let in_place = mover.in_place();
+    for head in heads.clone().take(if shared { 1 } else { heads.len() }) {
+        check_moves(
+            indices.of(head)?,
+            head,
+            source.capacity(),
+            in_place.then_some(destination_start),
+        )?;
+    }
+
+    let layout = destination.layout();
+    let heads_are_closer = layout.stride_head.unsigned_abs() < layout.stride_token.unsigned_abs();
+    let tile = if heads_are_closer {
+        TILE
+    } else {
+        indices.count.max(1)
+    };
+    for start in (0..indices.count).step_by(tile) {
+        for head in mover.heads.clone() {
+            let list = &indices.of(head)?[start..indices.count.min(start + tile)];
+            // SAFETY: every index and the last destination were checked.
+            unsafe { move_list(&mover, list, destination_start + start, head) };
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// The rows must be inside both views, and the head among the mover's.
+unsafe fn move_list(mover: &Mover<'_>, list: &[u32], destination_start: usize, head: usize) {
+    let worthwhile = mover.worthwhile_run();
+    let mut place = 0;
+    while place < list.len() {
+        // The run's last index is looked at first: for scattered rows one comparison says that there is no run.
+        let first = list[place];
+        let run = match worthwhile {
+            Some(least) if list.get(place + least - 1) == Some(&first.wrapping_add(least as u32 - 1)) => {
+                1 + list[place + 1..].iter().zip(first + 1..).take_while(|&(&index, next)| index == next).count()
+            }
+            _ => 1,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if run == 1 {
+                mover.move_one(first as usize, destination_start + place, head);
+            } else {
+                mover.move_run(first as usize, destination_start + place, run, head);
+            }
+        }
+        place += run;
+    }
+}
+
+fn check_moves(
+    list: &[u32],
+    head: usize,
+    capacity: usize,
+    in_place_from: Option<usize>,
+) -> Result<(), KernelError> {
+    if list.iter().fold(0, |most, &index| most.max(index)) as usize >= capacity {
+        for (place, &value) in list.iter().enumerate() {
+            if value as usize >= capacity {
+                let fault = IndexFault::OutOfRange { length: capacity };
+                return Err(BadIndex {
+                    head,
+                    place,
+                    value,
+                    fault,
+                }
+                .into());
+            }
+        }
+    }
+    let Some(start) = in_place_from else {
+        return Ok(());
+    };
+    match list
+        .iter()
+        .enumerate()
+        .find(|&(place, &index)| (index as usize) < start + place)
+    {
+        Some((place, &index)) => Err(KernelError::Overtakes {
+            head,
+            place,
+            source_row: index as usize,
+            destination_row: start + place,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Moves `count` adjacent rows: the unchanged tail behind a selection, or a plain copy into other rows.
+///
+/// In place, source and destination may overlap in either direction. Otherwise the two views must not overlap.
+///
+/// Floor: reads and writes each row once, `2 * heads * count * head_dim * dtype` bytes.
+///
+/// # Errors
+/// Dtypes, head dimensions, heads, rows outside a view; nothing has moved then.
+pub fn move_rows(
+    source: &Rows,
+    from: usize,
+    destination: &Rows,
+    to: usize,
+    count: usize,
+    heads: Range<usize>,
+) -> Result<(), KernelError> {
+    let mover = Mover::new(source, destination, heads, true)?;
+    source.check(0..0, from..from.saturating_add(count))?;
+    destination.check(0..0, to..to.saturating_add(count))?;
+    for head in mover.heads.clone() {
+        // SAFETY: both ranges were checked.
+        unsafe { mover.move_run(from, to, count, head) };
+    }
+    Ok(())
+}
