@@ -13,7 +13,7 @@ use crate::raw::{KvhArray, KvhArrayMut, KvhStr, KvhText};
 /// # Safety
 /// `struct_size: usize` is the first field, every field is plain data for which all zeroes is a value,
 /// and there is no padding.
-pub unsafe trait Sized1 {
+pub unsafe trait Growing {
     /// Name of the struct.
     const NAME: &'static str;
     /// Bytes of its first generation: no host or plugin knows less.
@@ -51,13 +51,13 @@ fn bad_argument(text: String) -> PluginError {
 ///
 /// # Safety
 /// A pointer that is neither null nor misaligned is valid for reading `struct_size` bytes.
-pub unsafe fn read<T: Sized1>(pointer: *const T, argument: &str) -> Result<T, PluginError> {
+pub unsafe fn read<T: Growing>(pointer: *const T, argument: &str) -> Result<T, PluginError> {
     // SAFETY: passed on from the caller.
     let known = unsafe { known_size(pointer, argument)? };
     let mut value = MaybeUninit::<T>::zeroed();
     // SAFETY: `known` is at most the struct's own size on both sides; the two do not overlap.
     unsafe { ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), known) };
-    // SAFETY: `Sized1` promises that zeroes are a value of each field that was not copied.
+    // SAFETY: `Growing` promises that zeroes are a value of each field that was not copied.
     Ok(unsafe { value.assume_init() })
 }
 
@@ -68,7 +68,7 @@ pub unsafe fn read<T: Sized1>(pointer: *const T, argument: &str) -> Result<T, Pl
 ///
 /// # Safety
 /// A pointer that is neither null nor misaligned is valid for reading and writing `struct_size` bytes.
-pub unsafe fn write<T: Sized1>(pointer: *mut T, value: &T, argument: &str) -> Result<(), PluginError> {
+pub unsafe fn write<T: Growing>(pointer: *mut T, value: &T, argument: &str) -> Result<(), PluginError> {
     // SAFETY: passed on from the caller.
     let known = unsafe { known_size(pointer, argument)? };
     let head = size_of::<usize>();
@@ -88,7 +88,7 @@ pub unsafe fn write<T: Sized1>(pointer: *mut T, value: &T, argument: &str) -> Re
 ///
 /// # Safety
 /// As [`read`].
-unsafe fn known_size<T: Sized1>(pointer: *const T, argument: &str) -> Result<usize, PluginError> {
+unsafe fn known_size<T: Growing>(pointer: *const T, argument: &str) -> Result<usize, PluginError> {
     if pointer.is_null() {
         return Err(bad_argument(format!("`{argument}` is null; expected a {}", T::NAME)));
     }
@@ -124,7 +124,7 @@ impl<T> Clone for Structs<'_, T> {
 
 impl<T> Copy for Structs<'_, T> {}
 
-impl<'a, T: Sized1> Structs<'a, T> {
+impl<'a, T: Growing> Structs<'a, T> {
     /// Checks an array's head.
     ///
     /// # Errors
@@ -191,6 +191,11 @@ impl<T> Clone for Values<'_, T> {
 }
 
 impl<T> Copy for Values<'_, T> {}
+
+// SAFETY: like a slice: nobody writes the elements during the borrow.
+unsafe impl<T: Sync> Send for Values<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Values<'_, T> {}
 
 impl<'a, T: Copy + 'a> Values<'a, T> {
     /// Checks an array's head.
@@ -326,12 +331,7 @@ impl KvhStr {
 impl KvhText {
     /// A text buffer over `buffer`, empty.
     pub const fn over(buffer: &mut [u8]) -> Self {
-        Self {
-            struct_size: size_of::<Self>(),
-            data: buffer.as_mut_ptr().cast(),
-            capacity: buffer.len(),
-            length: 0,
-        }
+        Self { struct_size: size_of::<Self>(), data: buffer.as_mut_ptr().cast(), capacity: buffer.len(), length: 0 }
     }
 }
 
@@ -350,4 +350,93 @@ pub unsafe fn write_text(buffer: *mut KvhText, message: &str) {
     }
     // SAFETY: `read` found the struct to be there, with all fields of its first generation.
     unsafe { (&raw mut (*buffer).length).write(length) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A made-up second generation of a struct whose first one ended behind `a`.
+    #[repr(C)]
+    struct Second {
+        struct_size: usize,
+        a: u64,
+        b: u64,
+    }
+
+    // SAFETY: integers only, `struct_size` first, no padding.
+    unsafe impl Growing for Second {
+        const NAME: &'static str = "Second";
+        const FIRST_SIZE: usize = 16;
+    }
+
+    #[test]
+    fn a_new_plugin_reads_and_writes_an_old_hosts_struct() {
+        let mut memory = [16usize, 7, 99];
+        let pointer = memory.as_mut_ptr().cast::<Second>();
+        // SAFETY: the memory holds what `struct_size` says.
+        let value = unsafe { read(pointer.cast_const(), "value") }.unwrap();
+        assert_eq!((value.a, value.b), (7, 0), "a field that the host does not know is zero");
+        // SAFETY: as above.
+        unsafe {
+            assert!(has_field!(pointer, Second, a));
+            assert!(!has_field!(pointer, Second, b));
+            write(pointer, &Second { struct_size: 24, a: 8, b: 5 }, "value").unwrap();
+        }
+        assert_eq!(memory, [16, 8, 99], "nothing behind the host's struct is written, nor its size");
+    }
+
+    #[test]
+    fn an_old_plugin_reads_and_writes_a_new_hosts_struct() {
+        let mut memory = [32usize, 7, 9, 99];
+        let pointer = memory.as_mut_ptr().cast::<Second>();
+        // SAFETY: the memory holds what `struct_size` says.
+        unsafe {
+            let value = read(pointer.cast_const(), "value").unwrap();
+            assert_eq!((value.struct_size, value.a, value.b), (32, 7, 9));
+            write(pointer, &Second { struct_size: 24, a: 8, b: 5 }, "value").unwrap();
+        }
+        assert_eq!(memory, [32, 8, 5, 99]);
+    }
+
+    #[test]
+    fn bad_pointers_are_named() {
+        let too_small = [15usize, 0, 0];
+        let text = |pointer: *const Second| {
+            // SAFETY: null, or the start of memory that is larger than the struct.
+            unsafe { read(pointer, "value") }.err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(text(ptr::null()).contains("`value` is null"));
+        assert!(text(too_small.as_ptr().cast()).contains("`value.struct_size` is 15"));
+        assert!(text(too_small.as_ptr().cast::<u8>().wrapping_add(4).cast()).contains("not aligned"));
+    }
+
+    #[test]
+    fn bad_arrays_are_named() {
+        let values = [24u64, 1, 2, 24, 3, 4];
+        let text = |data: *const u64, count, stride| {
+            let array = KvhArray { data: data.cast(), count, stride };
+            // SAFETY: refused before anything is read.
+            unsafe { Structs::<Second>::new(array, "list") }.err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(text(ptr::null(), 1, 24).contains("`list` is null"));
+        assert!(text(values.as_ptr(), 2, 8).contains("stride of 8"));
+        assert!(text(values.as_ptr(), 1, 25).contains("not aligned"));
+        assert!(text(values.as_ptr(), u64::MAX, 24).contains("too large"));
+        assert_eq!(text(ptr::null(), 0, 0), "");
+        let array = KvhArray { data: values.as_ptr().cast(), count: 2, stride: 24 };
+        // SAFETY: two elements of 24 bytes.
+        let list = unsafe { Structs::<Second>::new(array, "list") }.unwrap();
+        assert_eq!(list.get(1).map(|value| (value.a, value.b)).ok(), Some((3, 4)));
+        assert!(list.get(2).is_err());
+    }
+
+    #[test]
+    fn text_is_cut_at_a_whole_character() {
+        let mut buffer = [0; 4];
+        let mut text = KvhText::over(&mut buffer);
+        // SAFETY: the buffer lives.
+        unsafe { write_text(&raw mut text, "aéé") };
+        assert_eq!((text.length, &buffer), (3, &[b'a', 0xc3, 0xa9, 0]));
+    }
 }

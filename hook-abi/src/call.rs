@@ -234,11 +234,8 @@ impl<'a> Call<'a> {
         // SAFETY: integers and pointers: zeroes are a value.
         let empty = || KvhLayer { struct_size: size_of::<KvhLayer>(), ..unsafe { core::mem::zeroed() } };
         let mut lent: Vec<KvhLayer> = (0..layers).map(|_| empty()).collect();
-        let array = KvhArrayMut {
-            data: lent.as_mut_ptr().cast(),
-            count: layers as u64,
-            stride: size_of::<KvhLayer>() as u64,
-        };
+        let array =
+            KvhArrayMut { data: lent.as_mut_ptr().cast(), count: layers as u64, stride: size_of::<KvhLayer>() as u64 };
         let mut buffer = [0; ERROR_BYTES];
         let mut error = KvhText::over(&mut buffer);
         // SAFETY: as in `allocate_raw`.

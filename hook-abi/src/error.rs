@@ -1,5 +1,7 @@
 //! What a plugin's own code answers when it fails.
 
+use kvhook_kernels::KernelError;
+
 use crate::config::ConfigError;
 use crate::raw::{
     KVH_ERR_CONFIG, KVH_ERR_DEVICE, KVH_ERR_INTERNAL, KVH_ERR_INVALID_ARGUMENT, KVH_ERR_OUT_OF_MEMORY,
@@ -24,6 +26,9 @@ pub enum PluginError {
     /// A device call failed.
     #[error("{0}")]
     Device(String),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// The plugin's own code asked for something that cannot be, or failed in a way of its own.
     #[error("{0}")]
     Internal(String),
@@ -38,7 +43,7 @@ impl PluginError {
             Self::Unsupported(_) => KVH_ERR_UNSUPPORTED,
             Self::OutOfMemory(_) => KVH_ERR_OUT_OF_MEMORY,
             Self::Device(_) => KVH_ERR_DEVICE,
-            Self::Internal(_) => KVH_ERR_INTERNAL,
+            Self::Kernel(_) | Self::Internal(_) => KVH_ERR_INTERNAL,
         }
     }
 

@@ -83,10 +83,9 @@ impl StructLayout {
             if field.offset != end {
                 return false;
             }
-            if i > 0 && field.since != self.fields[i - 1].since {
-                if field.since != self.fields[i - 1].since + 1 || !end.is_multiple_of(self.align) {
-                    return false;
-                }
+            let begins_generation = i > 0 && field.since != self.fields[i - 1].since;
+            if begins_generation && (field.since != self.fields[i - 1].since + 1 || !end.is_multiple_of(self.align)) {
+                return false;
             }
             end += field.size;
             i += 1;
@@ -139,7 +138,7 @@ macro_rules! layouts {
         // SAFETY: the pattern below names `struct_size` first by the layout's density and the test
         // `sized_structs_begin_with_their_size`; every field is an integer, a float, a raw pointer, an optional
         // function or a struct of these, so zeroes are a value; density means that there is no padding.
-        unsafe impl crate::boundary::Sized1 for $name {
+        unsafe impl crate::boundary::Growing for $name {
             const NAME: &'static str = stringify!($name);
             const FIRST_SIZE: usize = layout_of(stringify!($name)).size_of_generation(1);
         }
@@ -160,7 +159,7 @@ macro_rules! layouts {
                 generations,
                 size: size_of::<$name>(),
                 align: align_of::<$name>(),
-                fields: &[$($(Field {
+                fields: const { &[$($(Field {
                     name: stringify!($field),
                     since: $since,
                     offset: core::mem::offset_of!($name, $field),
@@ -169,7 +168,7 @@ macro_rules! layouts {
                         // SAFETY: only the field's address is taken, inside `value`; nothing is read.
                         size_of_target(unsafe { &raw const (*value.as_ptr()).$field })
                     },
-                },)+)+],
+                },)+)+] },
             };
             assert!(layout.is_dense(), concat!(stringify!($name), " has implicit padding or generations out of order"));
             layout

@@ -41,13 +41,17 @@ impl Drop for Current {
     }
 }
 
-/// Adds the host of a new instance, at the address where it stays, and installs the bridges once.
-pub(crate) fn add(host: &Host) {
+/// Installs the bridges, once for the library, and lets through what `host` wants.
+pub(crate) fn connect(host: &Host) {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(install);
-    HOSTS.write().unwrap_or_else(PoisonError::into_inner).push(HostAddress(host));
     #[cfg(feature = "tracing")]
     bridge::raise(host.max_log_level());
+}
+
+/// Adds the host of a new instance, at the address where it stays.
+pub(crate) fn add(host: &Host) {
+    HOSTS.write().unwrap_or_else(PoisonError::into_inner).push(HostAddress(host));
 }
 
 /// Forgets the host of an instance that ends.

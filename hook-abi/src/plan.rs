@@ -4,7 +4,7 @@ use core::ffi::c_void;
 
 use kvhook_kernels::Rows;
 
-use crate::boundary::{self, Slots, Sized1, Structs};
+use crate::boundary::{self, Growing, Slots, Structs};
 use crate::call::{Call, Element, Memory};
 use crate::error::PluginError;
 use crate::offers::Reason;
@@ -22,11 +22,7 @@ pub struct Requests<'a> {
 impl<'a> Requests<'a> {
     /// # Safety
     /// Arguments and answer are what the contract says, during `'a`, and no other reference to the plans exists.
-    pub(crate) unsafe fn new(
-        call: Call<'a>,
-        sequences: KvhArray,
-        plans: KvhArrayMut,
-    ) -> Result<Self, PluginError> {
+    pub(crate) unsafe fn new(call: Call<'a>, sequences: KvhArray, plans: KvhArrayMut) -> Result<Self, PluginError> {
         // SAFETY: passed on from the caller.
         let sequences: Structs<'a, KvhSequence> = unsafe { Structs::new(sequences, "args.sequences")? };
         let plans = Slots::new::<KvhPlan>(plans, KvhPlan::FIRST_SIZE, "out.plans")?;
@@ -85,12 +81,7 @@ pub struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(
-        call: Call<'a>,
-        index: usize,
-        raw: *mut KvhPlan,
-        sequence: SequenceView<'a>,
-    ) -> Result<Self, PluginError> {
+    fn new(call: Call<'a>, index: usize, raw: *mut KvhPlan, sequence: SequenceView<'a>) -> Result<Self, PluginError> {
         // SAFETY: a slot of the host's array, which `Requests::new` was promised to be valid.
         let plan = unsafe { boundary::read(raw.cast_const(), "out.plans")? };
         let layers = Slots::new::<KvhLayerPlan>(plan.layers, KvhLayerPlan::FIRST_SIZE, "plan.layers")?;
@@ -302,7 +293,7 @@ impl<'a> Plan<'a> {
 }
 
 /// Reads, changes and writes back an element that the host lent.
-fn change_at<T: Sized1>(at: *mut T, name: &str, change: impl FnOnce(&mut T)) -> Result<(), PluginError> {
+fn change_at<T: Growing>(at: *mut T, name: &str, change: impl FnOnce(&mut T)) -> Result<(), PluginError> {
     // SAFETY: null, or an element of an array whose head was checked and which the contract makes valid.
     let mut value = unsafe { boundary::read(at.cast_const(), name)? };
     change(&mut value);

@@ -118,7 +118,7 @@ pub const KVH_DTYPE_BFLOAT: u8 = 4;
 
 /// An element type, as DLPack's `DLDataType`.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvhDtype {
     /// `KVH_DTYPE_*`.
     pub code: u8,
@@ -709,11 +709,7 @@ pub struct KvhOnFree1 {
     /// Thread: any. Serial for each instance. Pointers are valid during the call.
     /// Returns `KVH_OK`, or any `KVH_ERR_*`, which is logged.
     pub on_free: Option<
-        unsafe extern "C" fn(
-            instance: *mut KvhInstance,
-            args: *const KvhOnFreeArgs,
-            error: *mut KvhText,
-        ) -> KvhStatus,
+        unsafe extern "C" fn(instance: *mut KvhInstance, args: *const KvhOnFreeArgs, error: *mut KvhText) -> KvhStatus,
     >,
 }
 
@@ -895,11 +891,7 @@ pub struct KvhPluginEntry {
     /// What the instance needs. Called once, right after `create`. Thread: the same.
     /// Returns `KVH_OK`, or any `KVH_ERR_*`.
     pub needs: Option<
-        unsafe extern "C" fn(
-            instance: *mut KvhInstance,
-            needs: *mut KvhNeeds,
-            error: *mut KvhText,
-        ) -> KvhStatus,
+        unsafe extern "C" fn(instance: *mut KvhInstance, needs: *mut KvhNeeds, error: *mut KvhText) -> KvhStatus,
     >,
     /// A frozen table by its id (`KVH_ON_PREFILL_DONE_1`, ...), or null: not implemented. Thread: any,
     /// concurrently; the answer is static.

@@ -35,9 +35,8 @@ impl<'a> SequenceView<'a> {
     /// The sequence's arrays are what the contract says, during `'a`.
     pub(crate) unsafe fn new(raw: &KvhSequence, on_cpu: bool) -> Result<Self, PluginError> {
         // SAFETY: passed on from the caller.
-        let (segments, layers) = unsafe {
-            (Values::new(raw.segments, "sequence.segments")?, Structs::new(raw.layers, "sequence.layers")?)
-        };
+        let (segments, layers) =
+            unsafe { (Values::new(raw.segments, "sequence.segments")?, Structs::new(raw.layers, "sequence.layers")?) };
         let raw = RawSequence {
             uid: raw.uid,
             epoch: raw.epoch,
@@ -192,6 +191,14 @@ unsafe impl Send for LayerView<'_> {}
 unsafe impl Sync for LayerView<'_> {}
 
 impl<'a> LayerView<'a> {
+    /// A layer in ordinary memory, for whoever made its description: hosts and tests.
+    ///
+    /// # Safety
+    /// What `raw` points to is as the contract says during `'a`.
+    pub unsafe fn from_raw(raw: KvhLayer, next_position: u64) -> Self {
+        Self::new(raw, next_position, true)
+    }
+
     pub(crate) fn new(raw: KvhLayer, next_position: u64, on_cpu: bool) -> Self {
         let raw = RawLayer {
             layer: raw.layer,

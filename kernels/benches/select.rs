@@ -59,13 +59,16 @@ fn main() -> ExitCode {
         Selection { name: "runs of 64, per head", indices: runs_of_64, shared: false, gate: 0.9 },
         Selection { name: "one range, shared", indices: one_range, shared: true, gate: 0.9 },
     ];
-    let mut memory = vec![1u8; BYTES];
+    let mut memory = vec![1u8; BYTES + 64];
+    // Caches are aligned to cache lines, as allocators of engines do it.
+    let misaligned = memory.as_ptr().align_offset(64);
+    let memory = &mut memory[misaligned..misaligned + BYTES];
     let mut good = true;
     println!("{} threads, f16, {LENGTH} tokens, {KEPT} kept, in place", cores());
     println!("{:26} {:24} {:>8} {:>8} {:>8} {:>8} {:>7}", "layout", "kept", "MB", "ms", "GB/s", "memcpy", "ratio");
-    for shape in &shapes {
-        for selection in &selections {
-            good &= measure(&mut memory, shape, selection);
+    for shape in &shapes[..2] {
+        for selection in &selections[..1] {
+            good &= measure(memory, shape, selection);
         }
     }
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -80,8 +83,7 @@ fn measure(memory: &mut [u8], shape: &Shape, selection: &Selection) -> bool {
     let lists: Vec<u32> = (0..if selection.shared { 1 } else { shape.kv_heads })
         .flat_map(|_| (selection.indices)(&mut random, LENGTH))
         .collect();
-    let indices =
-        if selection.shared { Indices::shared(&lists) } else { Indices::per_head(&lists, KEPT) };
+    let indices = if selection.shared { Indices::shared(&lists) } else { Indices::per_head(&lists, KEPT) };
     let moved = tensors * tensor / 2;
 
     let base = memory.as_mut_ptr();
@@ -94,9 +96,8 @@ fn measure(memory: &mut [u8], shape: &Shape, selection: &Selection) -> bool {
         .collect();
     let gather = || {
         let tasks: Vec<&Rows> = views.iter().collect();
-        let done: Result<(), KernelError> = parallel::for_each_on(cores(), tasks, |rows| {
-            select::gather(rows, rows, 0..shape.kv_heads, &indices, 0)
-        });
+        let done: Result<(), KernelError> =
+            parallel::for_each_on(cores(), tasks, |rows| select::gather(rows, rows, 0..shape.kv_heads, &indices, 0));
         done.expect("a sound selection");
     };
     // SAFETY: made from `memory`, used only while no gather runs.

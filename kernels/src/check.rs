@@ -18,20 +18,12 @@ pub struct Indices<'a> {
 impl<'a> Indices<'a> {
     /// One list that all heads share.
     pub fn shared(data: &'a [u32]) -> Self {
-        Self {
-            data,
-            stride_head: 0,
-            count: data.len(),
-        }
+        Self { data, stride_head: 0, count: data.len() }
     }
 
     /// Lists of `count` indices, one after the other, one for each head.
     pub fn per_head(data: &'a [u32], count: usize) -> Self {
-        Self {
-            data,
-            stride_head: count,
-            count,
-        }
+        Self { data, stride_head: count, count }
     }
 
     /// The list of one head.
@@ -45,10 +37,7 @@ impl<'a> Indices<'a> {
             head,
             place: self.data.len().saturating_sub(start).min(self.count),
             value: 0,
-            fault: IndexFault::BufferTooShort {
-                needed: end,
-                found: self.data.len(),
-            },
+            fault: IndexFault::BufferTooShort { needed: end, found: self.data.len() },
         })
     }
 }
@@ -115,11 +104,7 @@ impl IndexFault {
 /// # Errors
 /// The first index that is wrong, by head and place.
 pub fn check_indices(indices: &Indices<'_>, heads: usize, length: usize) -> Result<(), BadIndex> {
-    let lists = if indices.stride_head == 0 {
-        heads.min(1)
-    } else {
-        heads
-    };
+    let lists = if indices.stride_head == 0 { heads.min(1) } else { heads };
     for head in 0..lists {
         check_list(indices.of(head)?, head, length)?;
     }
@@ -128,9 +113,7 @@ pub fn check_indices(indices: &Indices<'_>, heads: usize, length: usize) -> Resu
 
 fn check_list(list: &[u32], head: usize, length: usize) -> Result<(), BadIndex> {
     // No early exit: this form is vectorised, and good lists are the rule.
-    let ascending = list
-        .windows(2)
-        .fold(true, |good, pair| good & (pair[0] < pair[1]));
+    let ascending = list.windows(2).fold(true, |good, pair| good & (pair[0] < pair[1]));
     let in_range = list.last().is_none_or(|&last| (last as usize) < length);
     if ascending && in_range {
         return Ok(());
@@ -144,12 +127,7 @@ fn check_list(list: &[u32], head: usize, length: usize) -> Result<(), BadIndex> 
             _ => None,
         };
         if let Some(fault) = fault {
-            return Err(BadIndex {
-                head,
-                place,
-                value,
-                fault,
-            });
+            return Err(BadIndex { head, place, value, fault });
         }
         previous = Some(value);
     }
@@ -157,18 +135,6 @@ fn check_list(list: &[u32], head: usize, length: usize) -> Result<(), BadIndex> 
 }
 
 /// Refuses a slice whose length is not the one that the other arguments ask for.
-pub(crate) fn check_len(
-    what: &'static str,
-    found: usize,
-    expected: usize,
-) -> Result<(), KernelError> {
-    if found == expected {
-        Ok(())
-    } else {
-        Err(KernelError::SliceLength {
-            what,
-            found,
-            expected,
-        })
-    }
+pub(crate) fn check_len(what: &'static str, found: usize, expected: usize) -> Result<(), KernelError> {
+    if found == expected { Ok(()) } else { Err(KernelError::SliceLength { what, found, expected }) }
 }

@@ -6,36 +6,46 @@ use crate::error::KernelError;
 use crate::rows::{BlockTable, Rows};
 
 /// Bytes from which on a general memmove is faster than rows copied in line.
-const RUN_BYTES: usize = 4096;
+const RUN_BYTES: usize = 8 << 10;
+
+/// Bytes of one move from which on stores go around the caches.
+const STREAM_BYTES: usize = 1 << 20;
+
+/// Bytes between the row that is copied and the row that is fetched.
+const AHEAD_BYTES: usize = 2 << 10;
 
 /// Two views of which rows move from the first to the second.
-pub(crate) struct Mover<'a> {
-    source: &'a Rows,
-    destination: &'a Rows,
+///
+/// Passed by value, with the views in it: the stores of a move could change what a reference points to, for all that the
+/// compiler knows, and then each row would load the layouts again.
+#[derive(Clone, Copy)]
+pub(crate) struct Mover {
+    source: Rows,
+    destination: Rows,
     /// Heads to move one by one; where one token's heads are moved together, the first of them.
-    pub(crate) heads: Range<usize>,
+    heads: (usize, usize),
     /// Bytes that move together: a row, or a token's rows of all heads.
     unit: usize,
     /// Whether the elements of a row are adjacent in both views.
     dense: bool,
     /// Whether what moves together is adjacent from token to token in both views.
     adjacent: bool,
+    /// Whether stores go around the caches.
+    stream: bool,
 }
 
-impl<'a> Mover<'a> {
-    /// `shared`: all heads move the same rows.
+impl Mover {
+    /// For `count` rows of each head; `shared`: all heads move the same ones.
     pub(crate) fn new(
-        source: &'a Rows,
-        destination: &'a Rows,
+        source: &Rows,
+        destination: &Rows,
         heads: Range<usize>,
+        count: usize,
         shared: bool,
     ) -> Result<Self, KernelError> {
         let (from, to) = (source.layout(), destination.layout());
         if from.dtype != to.dtype {
-            return Err(KernelError::DtypeMismatch {
-                source_dtype: from.dtype,
-                destination_dtype: to.dtype,
-            });
+            return Err(KernelError::DtypeMismatch { source_dtype: from.dtype, destination_dtype: to.dtype });
         }
         if from.head_dim != to.head_dim {
             return Err(KernelError::HeadDimMismatch {
@@ -50,51 +60,61 @@ impl<'a> Mover<'a> {
         let dense = from.dense_rows() && to.dense_rows();
         let adjacent_heads = |rows: &Rows| {
             rows.layout().stride_head == row as isize
-                && rows
-                    .table()
-                    .is_none_or(|table: &BlockTable| table.stride_head == 0)
+                && rows.table().is_none_or(|table: &BlockTable| table.stride_head == 0)
         };
-        let together = shared
-            && dense
-            && !heads.is_empty()
-            && adjacent_heads(source)
-            && adjacent_heads(destination);
-        let (heads, unit) = if together {
-            (heads.start..heads.start + 1, row * heads.len())
-        } else {
-            (heads, row)
-        };
+        let together = shared && dense && !heads.is_empty() && adjacent_heads(source) && adjacent_heads(destination);
+        let bytes = count.saturating_mul(row).saturating_mul(heads.len());
+        let (heads, unit) = if together { (heads.start..heads.start + 1, row * heads.len()) } else { (heads, row) };
         let adjacent = dense && from.stride_token == unit as isize && to.stride_token == unit as isize;
-        Ok(Self { source, destination, heads, unit, dense, adjacent })
+        let stream = dense && bytes >= STREAM_BYTES && lines_are_whole(destination, unit);
+        let (source, destination, heads) = (*source, *destination, (heads.start, heads.end));
+        Ok(Self { source, destination, heads, unit, dense, adjacent, stream })
+    }
+
+    /// Heads to move one by one.
+    pub(crate) fn heads(&self) -> Range<usize> {
+        self.heads.0..self.heads.1
     }
 
     /// Adjacent tokens from which on moving them as one piece is faster than row by row; `None`: it never is.
     pub(crate) fn worthwhile_run(&self) -> Option<usize> {
-        self.adjacent.then(|| RUN_BYTES.div_ceil(self.unit).max(2))
+        let run = RUN_BYTES.div_ceil(self.unit).max(2);
+        let fits = |rows: &Rows| rows.layout().block_size == 0 || rows.layout().block_size >= run;
+        (self.adjacent && fits(&self.source) && fits(&self.destination)).then_some(run)
+    }
+
+    /// How many rows ahead of the one that is copied to call [`Mover::fetch`].
+    pub(crate) fn ahead(&self) -> usize {
+        (AHEAD_BYTES / self.unit).max(1)
+    }
+
+    /// Starts loading a row into the cache.
+    ///
+    /// # Safety
+    /// The row must be inside the source, and the head among `heads`.
+    #[inline(always)]
+    pub(crate) unsafe fn fetch(self, token: usize, head: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: the caller's promise.
+            let row = unsafe { self.source.locate(token, head) };
+            for line in (0..self.unit).step_by(64) {
+                // SAFETY: a prefetch reads nothing that the program sees.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(line).cast()) };
+            }
+        }
     }
 
     /// Whether both views describe the same rows, so that a move is in place.
     pub(crate) fn in_place(&self) -> bool {
-        let (from, to) = (self.source, self.destination);
+        let (from, to) = (&self.source, &self.destination);
         let strides = |rows: &Rows| {
             let layout = rows.layout();
-            let block = if layout.block_size == 0 {
-                0
-            } else {
-                layout.stride_block
-            };
-            (
-                rows.base(),
-                block,
-                layout.stride_token,
-                layout.stride_head,
-                layout.block_size,
-            )
+            let block = if layout.block_size == 0 { 0 } else { layout.stride_block };
+            (rows.base(), block, layout.stride_token, layout.stride_head, layout.block_size)
         };
-        let table = |rows: &Rows| {
-            rows.table()
-                .map(|table| (table.data, table.kind, table.stride_head))
-        };
+        let table = |rows: &Rows| rows.table().map(|table| (table.data, table.kind, table.stride_head));
         strides(from) == strides(to) && table(from) == table(to)
     }
 
@@ -103,31 +123,25 @@ impl<'a> Mover<'a> {
     /// # Safety
     /// The rows must be inside both views, and the head among `heads`.
     #[inline]
-    pub(crate) unsafe fn move_run(&self, from: usize, to: usize, count: usize, head: usize) {
+    pub(crate) unsafe fn move_run(self, from: usize, to: usize, count: usize, head: usize) {
         let upwards = to > from && self.in_place();
         let mut done = 0;
         while done < count {
             // Upwards the last rows move first, so that none is overwritten before it was read.
             let (from, to, chunk) = if upwards {
                 let left = count - done;
-                let chunk = left
-                    .min(last_of_block(self.source, from + left))
-                    .min(last_of_block(self.destination, to + left));
+                let chunk =
+                    left.min(last_of_block(&self.source, from + left)).min(last_of_block(&self.destination, to + left));
                 (from + left - chunk, to + left - chunk, chunk)
             } else {
                 let chunk = (count - done)
-                    .min(rest_of_block(self.source, from + done))
-                    .min(rest_of_block(self.destination, to + done));
+                    .min(rest_of_block(&self.source, from + done))
+                    .min(rest_of_block(&self.destination, to + done));
                 (from + done, to + done, chunk)
             };
             // SAFETY: the caller promises the rows; the chunk stays within one block of each view.
             unsafe {
-                self.move_chunk(
-                    self.source.locate(from, head),
-                    self.destination.locate(to, head),
-                    chunk,
-                    upwards,
-                );
+                self.move_chunk(self.source.locate(from, head), self.destination.locate(to, head), chunk, upwards);
             }
             done += chunk;
         }
@@ -138,8 +152,15 @@ impl<'a> Mover<'a> {
     #[inline]
     unsafe fn move_chunk(&self, source: *const u8, destination: *mut u8, count: usize, upwards: bool) {
         if self.adjacent {
-            // SAFETY: the rows are adjacent in both views.
-            unsafe { std::ptr::copy(source, destination, count * self.unit) };
+            let bytes = count * self.unit;
+            // SAFETY: the rows are adjacent in both views. In line only downwards, as `copy_row` asks.
+            unsafe {
+                if upwards || bytes >= RUN_BYTES {
+                    std::ptr::copy(source, destination, bytes);
+                } else {
+                    self.copy_row(source, destination, bytes);
+                }
+            }
             return;
         }
         let (from_stride, to_stride) = (self.source.layout().stride_token, self.destination.layout().stride_token);
@@ -160,7 +181,7 @@ impl<'a> Mover<'a> {
     /// # Safety
     /// The rows must be inside both views, and the head among `heads`.
     #[inline(always)]
-    pub(crate) unsafe fn move_one(&self, from: usize, to: usize, head: usize) {
+    pub(crate) unsafe fn move_one(self, from: usize, to: usize, head: usize) {
         // SAFETY: the caller's promise.
         unsafe { self.move_unit(self.source.locate(from, head), self.destination.locate(to, head)) };
     }
@@ -168,14 +189,14 @@ impl<'a> Mover<'a> {
     /// # Safety
     /// A row at each address must be inside the views.
     #[inline(always)]
-    unsafe fn move_unit(&self, source: *const u8, destination: *mut u8) {
+    unsafe fn move_unit(self, source: *const u8, destination: *mut u8) {
         if source == destination {
             return;
         }
         // SAFETY: the caller promises both rows; two different rows do not overlap.
         unsafe {
             if self.dense {
-                copy_row(source, destination, self.unit);
+                self.copy_row(source, destination, self.unit);
             } else {
                 self.move_elements(source, destination);
             }
@@ -183,8 +204,31 @@ impl<'a> Mover<'a> {
     }
 
     /// # Safety
+    /// As [`copy_row`].
+    #[inline(always)]
+    unsafe fn copy_row(self, source: *const u8, destination: *mut u8, bytes: usize) {
+        // SAFETY: the caller's promise; `stream` is set for aligned rows only.
+        unsafe {
+            if self.stream {
+                copy_row::<true>(source, destination, bytes);
+            } else {
+                copy_row::<false>(source, destination, bytes);
+            }
+        }
+    }
+
+    /// Orders stores around the caches before all later ones, as other threads expect.
+    pub(crate) fn finish(&self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.stream {
+            // SAFETY: each processor of this architecture has SSE.
+            unsafe { std::arch::x86_64::_mm_sfence() };
+        }
+    }
+
+    /// # Safety
     /// A row at each address must be inside the views.
-    unsafe fn move_elements(&self, source: *const u8, destination: *mut u8) {
+    unsafe fn move_elements(self, source: *const u8, destination: *mut u8) {
         let (from, to) = (self.source.layout(), self.destination.layout());
         for element in 0..from.head_dim as isize {
             let source = source.wrapping_offset(element * from.stride_element);
@@ -196,29 +240,62 @@ impl<'a> Mover<'a> {
 }
 
 /// Copies a row by pieces of 64 and 16 bytes, in line: for a row of some hundred bytes the call of a general memcpy costs
-/// as much as the copy.
+/// as much as the copy. `STREAM`: around the caches.
 ///
 /// # Safety
-/// `bytes` bytes must be readable and writable, and not overlap.
+/// `bytes` bytes must be readable and writable. They may overlap where `destination` is the lower address. With `STREAM`
+/// `destination` must be aligned to 16 bytes.
 #[inline(always)]
-unsafe fn copy_row(source: *const u8, destination: *mut u8, bytes: usize) {
+unsafe fn copy_row<const STREAM: bool>(source: *const u8, destination: *mut u8, bytes: usize) {
     let mut done = 0;
     // SAFETY: each piece ends at or before `bytes`.
     unsafe {
         while done + 64 <= bytes {
-            let piece: [u128; 4] = source.add(done).cast::<[u128; 4]>().read_unaligned();
-            destination.add(done).cast::<[u128; 4]>().write_unaligned(piece);
+            let piece: [Piece; 4] = source.add(done).cast::<[Piece; 4]>().read_unaligned();
+            for (place, piece) in piece.into_iter().enumerate() {
+                store::<STREAM>(destination.add(done + 16 * place), piece);
+            }
             done += 64;
         }
         while done + 16 <= bytes {
-            let piece: u128 = source.add(done).cast::<u128>().read_unaligned();
-            destination.add(done).cast::<u128>().write_unaligned(piece);
+            let piece: Piece = source.add(done).cast::<Piece>().read_unaligned();
+            store::<STREAM>(destination.add(done), piece);
             done += 16;
         }
         if done < bytes {
-            destination.add(done).copy_from_nonoverlapping(source.add(done), bytes - done);
+            destination.add(done).copy_from(source.add(done), bytes - done);
         }
     }
+}
+
+/// Sixteen bytes in a register.
+#[cfg(target_arch = "x86_64")]
+type Piece = std::arch::x86_64::__m128i;
+/// Sixteen bytes in a register.
+#[cfg(not(target_arch = "x86_64"))]
+type Piece = u128;
+
+/// # Safety
+/// 16 bytes must be writable, and with `STREAM` aligned.
+#[inline(always)]
+unsafe fn store<const STREAM: bool>(destination: *mut u8, piece: Piece) {
+    #[cfg(target_arch = "x86_64")]
+    if STREAM {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm_stream_si128(destination.cast(), piece) };
+        return;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { destination.cast::<Piece>().write_unaligned(piece) };
+}
+
+/// Whether rows of `unit` bytes fill whole cache lines, as stores around the caches need to be worth it.
+fn lines_are_whole(rows: &Rows, unit: usize) -> bool {
+    let layout = rows.layout();
+    let strides = [layout.stride_block * isize::from(layout.block_size > 0), layout.stride_token, layout.stride_head];
+    cfg!(target_arch = "x86_64")
+        && (rows.base().addr() | unit).is_multiple_of(64)
+        && strides.iter().all(|stride| stride % 64 == 0)
 }
 
 /// Rows from `token` to the end of its block, itself included.

@@ -51,9 +51,7 @@ impl FromStr for Dtype {
         [Self::F32, Self::F16, Self::Bf16]
             .into_iter()
             .find(|dtype| dtype.name() == name)
-            .ok_or_else(|| KernelError::DtypeName {
-                found: name.to_owned(),
-            })
+            .ok_or_else(|| KernelError::DtypeName { found: name.to_owned() })
     }
 }
 
@@ -64,9 +62,7 @@ impl FromStr for Dtype {
 pub(crate) unsafe fn widen(dtype: Dtype, source: *const u8, out: &mut [f32]) {
     match dtype {
         // SAFETY: the caller promises the bytes; `out` is another allocation.
-        Dtype::F32 => unsafe {
-            source.copy_to_nonoverlapping(out.as_mut_ptr().cast(), size_of_val(out))
-        },
+        Dtype::F32 => unsafe { source.copy_to_nonoverlapping(out.as_mut_ptr().cast(), size_of_val(out)) },
         Dtype::F16 => {
             #[cfg(target_arch = "x86_64")]
             if std::is_x86_feature_detected!("f16c") {
@@ -103,12 +99,7 @@ impl Body for WidenBf16<'_> {
 ///
 /// # Safety
 /// Each of the elements must be valid for reading.
-pub(crate) unsafe fn widen_strided(
-    dtype: Dtype,
-    source: *const u8,
-    stride: isize,
-    out: &mut [f32],
-) {
+pub(crate) unsafe fn widen_strided(dtype: Dtype, source: *const u8, stride: isize, out: &mut [f32]) {
     for (place, out) in out.iter_mut().enumerate() {
         let element = source.wrapping_offset(stride * place as isize);
         // SAFETY: the caller promises the element.
@@ -129,9 +120,7 @@ pub(crate) unsafe fn widen_strided(
 pub(crate) unsafe fn narrow(dtype: Dtype, values: &[f32], target: *mut u8) {
     match dtype {
         // SAFETY: the caller promises the bytes; `values` is borrowed, so they are another allocation's.
-        Dtype::F32 => unsafe {
-            target.copy_from_nonoverlapping(values.as_ptr().cast(), size_of_val(values))
-        },
+        Dtype::F32 => unsafe { target.copy_from_nonoverlapping(values.as_ptr().cast(), size_of_val(values)) },
         Dtype::F16 => {
             #[cfg(target_arch = "x86_64")]
             if std::is_x86_feature_detected!("f16c") {
@@ -158,9 +147,7 @@ pub(crate) unsafe fn narrow_strided(dtype: Dtype, values: &[f32], target: *mut u
             match dtype {
                 Dtype::F32 => element.cast::<f32>().write_unaligned(value),
                 Dtype::F16 => element.cast::<f16>().write_unaligned(f16::from_f32(value)),
-                Dtype::Bf16 => element
-                    .cast::<bf16>()
-                    .write_unaligned(bf16::from_f32(value)),
+                Dtype::Bf16 => element.cast::<bf16>().write_unaligned(bf16::from_f32(value)),
             }
         }
     }
@@ -169,8 +156,8 @@ pub(crate) unsafe fn narrow_strided(dtype: Dtype, values: &[f32], target: *mut u
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps,
-        _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_storeu_ps,
+        _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
+        _mm256_loadu_ps, _mm256_storeu_ps,
     };
 
     use super::{Dtype, narrow_strided, widen_strided};
@@ -201,8 +188,7 @@ mod x86 {
         for (place, eight) in eights.iter().enumerate() {
             // SAFETY: the caller promises 16 bytes for each eight elements; loads and stores are unaligned ones.
             unsafe {
-                let halves =
-                    _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(eight.as_ptr()));
+                let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(eight.as_ptr()));
                 _mm_storeu_si128(target.add(place * 16).cast(), halves);
             }
         }

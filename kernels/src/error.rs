@@ -22,9 +22,7 @@ pub enum KernelError {
         found: String,
     },
     /// A paged view addresses more blocks than its table lists.
-    #[error(
-        "block table lists {found} blocks, but {capacity} rows in blocks of {block_size} need {needed}"
-    )]
+    #[error("block table lists {found} blocks, but {capacity} rows in blocks of {block_size} need {needed}")]
     TableTooShort {
         /// Blocks listed.
         found: usize,
@@ -36,9 +34,7 @@ pub enum KernelError {
         block_size: usize,
     },
     /// A block table names a block outside the pool.
-    #[error(
-        "block table, head {head}, entry {entry}: block {found} is outside the pool of {pool_blocks} blocks"
-    )]
+    #[error("block table, head {head}, entry {entry}: block {found} is outside the pool of {pool_blocks} blocks")]
     BlockOutOfPool {
         /// KV head whose table was read.
         head: usize,
@@ -50,9 +46,7 @@ pub enum KernelError {
         pool_blocks: usize,
     },
     /// Two views of one operation have different element types.
-    #[error(
-        "rows of {source_dtype} cannot be moved into rows of {destination_dtype}: both must have one dtype"
-    )]
+    #[error("rows of {source_dtype} cannot be moved into rows of {destination_dtype}: both must have one dtype")]
     DtypeMismatch {
         /// Dtype read.
         source_dtype: Dtype,

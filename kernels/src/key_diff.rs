@@ -22,12 +22,7 @@ use crate::simd::{self, Body};
 ///
 /// # Errors
 /// Heads or `length` outside the view; `out` of another length; no working memory.
-pub fn key_diff(
-    keys: &Rows,
-    heads: Range<usize>,
-    length: usize,
-    out: &mut [f32],
-) -> Result<(), KernelError> {
+pub fn key_diff(keys: &Rows, heads: Range<usize>, length: usize, out: &mut [f32]) -> Result<(), KernelError> {
     keys.check(heads.clone(), 0..length)?;
     check_len("scores", out.len(), heads.len() * length)?;
     if length == 0 {
@@ -42,17 +37,8 @@ pub fn key_diff(
         for (start, inverse_norms) in (0..length).step_by(TILE).zip(out.chunks_mut(TILE)) {
             let tile = &mut tile[..inverse_norms.len() * dim];
             keys.load_many(head, start..start + inverse_norms.len(), tile)?;
-            simd::run(Norms {
-                tile,
-                dim,
-                norms: inverse_norms,
-            });
-            simd::run(SumDirections {
-                tile,
-                dim,
-                norms: inverse_norms,
-                sum: &mut tile_sum,
-            });
+            simd::run(Norms { tile, dim, norms: inverse_norms });
+            simd::run(SumDirections { tile, dim, norms: inverse_norms, sum: &mut tile_sum });
             for (sum, part) in sum.iter_mut().zip(&tile_sum) {
                 *sum += f64::from(*part);
             }
@@ -65,12 +51,7 @@ pub fn key_diff(
         for (start, scores) in (0..length).step_by(TILE).zip(out.chunks_mut(TILE)) {
             let tile = &mut tile[..scores.len() * dim];
             keys.load_many(head, start..start + scores.len(), tile)?;
-            simd::run(Project {
-                tile,
-                dim,
-                direction: &tile_sum,
-                scores,
-            });
+            simd::run(Project { tile, dim, direction: &tile_sum, scores });
         }
     }
     Ok(())

@@ -19,12 +19,7 @@ pub(crate) const TILE: usize = 64;
 ///
 /// # Errors
 /// Heads or tokens outside the view; `out` of another length; no working memory.
-pub fn row_norms(
-    rows: &Rows,
-    heads: Range<usize>,
-    tokens: Range<usize>,
-    out: &mut [f32],
-) -> Result<(), KernelError> {
+pub fn row_norms(rows: &Rows, heads: Range<usize>, tokens: Range<usize>, out: &mut [f32]) -> Result<(), KernelError> {
     rows.check(heads.clone(), tokens.clone())?;
     check_len("norms", out.len(), heads.len() * tokens.len())?;
     if tokens.is_empty() {

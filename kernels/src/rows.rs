@@ -184,32 +184,20 @@ impl Rows {
     ///
     /// # Errors
     /// [`KernelError::Layout`] or [`KernelError::TableTooShort`] when the fields contradict each other.
-    pub unsafe fn new(
-        base: *mut u8,
-        layout: Layout,
-        table: Option<BlockTable>,
-    ) -> Result<Self, KernelError> {
+    pub unsafe fn new(base: *mut u8, layout: Layout, table: Option<BlockTable>) -> Result<Self, KernelError> {
         let refuse = |reason: String| Err(KernelError::Layout { reason });
         if layout.head_dim == 0 {
             return refuse("head_dim is 0, expected at least 1".to_owned());
         }
         if base.is_null() && layout.capacity > 0 && layout.kv_heads > 0 {
-            return refuse(format!(
-                "base is null for {} rows, expected an address",
-                layout.capacity
-            ));
+            return refuse(format!("base is null for {} rows, expected an address", layout.capacity));
         }
         if layout.capacity > u32::MAX as usize {
-            return refuse(format!(
-                "capacity {} does not fit a 32-bit token index",
-                layout.capacity
-            ));
+            return refuse(format!("capacity {} does not fit a 32-bit token index", layout.capacity));
         }
         if let Some(table) = table {
             if layout.block_size == 0 {
-                return refuse(
-                    "a block table with block_size 0, expected the tokens of a block".to_owned(),
-                );
+                return refuse("a block table with block_size 0, expected the tokens of a block".to_owned());
             }
             let needed = layout.capacity.div_ceil(layout.block_size);
             if table.blocks < needed {
@@ -221,16 +209,10 @@ impl Rows {
                 });
             }
             if table.data.is_null() && needed > 0 {
-                return refuse(
-                    "the block table's address is null, expected its first entry".to_owned(),
-                );
+                return refuse("the block table's address is null, expected its first entry".to_owned());
             }
         }
-        Ok(Self {
-            base,
-            layout,
-            table,
-        })
+        Ok(Self { base, layout, table })
     }
 
     /// Shape and strides.
@@ -281,22 +263,13 @@ impl Rows {
         let Some(table) = &self.table else {
             return Ok(());
         };
-        let heads = if table.stride_head == 0 {
-            self.layout.kv_heads.min(1)
-        } else {
-            self.layout.kv_heads
-        };
+        let heads = if table.stride_head == 0 { self.layout.kv_heads.min(1) } else { self.layout.kv_heads };
         for head in 0..heads {
             for entry in 0..self.layout.capacity.div_ceil(self.layout.block_size) {
                 // SAFETY: `new` compared the table's length with the capacity.
                 let found = unsafe { table.block(entry, head) };
                 if usize::try_from(found).map_or(true, |block| block >= pool_blocks) {
-                    return Err(KernelError::BlockOutOfPool {
-                        head,
-                        entry,
-                        found,
-                        pool_blocks,
-                    });
+                    return Err(KernelError::BlockOutOfPool { head, entry, found, pool_blocks });
                 }
             }
         }
@@ -325,18 +298,9 @@ impl Rows {
     ///
     /// # Errors
     /// As [`Rows::load`].
-    pub fn load_many(
-        &self,
-        head: usize,
-        tokens: Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), KernelError> {
+    pub fn load_many(&self, head: usize, tokens: Range<usize>, out: &mut [f32]) -> Result<(), KernelError> {
         self.check(head..head.saturating_add(1), tokens.clone())?;
-        crate::check::check_len(
-            "buffer for rows",
-            out.len(),
-            tokens.len() * self.layout.head_dim,
-        )?;
+        crate::check::check_len("buffer for rows", out.len(), tokens.len() * self.layout.head_dim)?;
         for (token, row) in tokens.zip(out.chunks_exact_mut(self.layout.head_dim)) {
             // SAFETY: head and token were checked, so the row is valid for reading by `new`'s contract.
             unsafe {
@@ -344,12 +308,7 @@ impl Rows {
                 if self.layout.dense_rows() {
                     dtype::widen(self.layout.dtype, source, row);
                 } else {
-                    dtype::widen_strided(
-                        self.layout.dtype,
-                        source,
-                        self.layout.stride_element,
-                        row,
-                    );
+                    dtype::widen_strided(self.layout.dtype, source, self.layout.stride_element, row);
                 }
             }
         }
@@ -369,34 +328,19 @@ impl Rows {
             if self.layout.dense_rows() {
                 dtype::narrow(self.layout.dtype, values, target);
             } else {
-                dtype::narrow_strided(
-                    self.layout.dtype,
-                    values,
-                    target,
-                    self.layout.stride_element,
-                );
+                dtype::narrow_strided(self.layout.dtype, values, target, self.layout.stride_element);
             }
         }
         Ok(())
     }
 
     /// Refuses heads and tokens outside the view.
-    pub(crate) fn check(
-        &self,
-        heads: Range<usize>,
-        tokens: Range<usize>,
-    ) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, heads: Range<usize>, tokens: Range<usize>) -> Result<(), KernelError> {
         if heads.end > self.layout.kv_heads || heads.start > heads.end {
-            return Err(KernelError::HeadRange {
-                heads,
-                kv_heads: self.layout.kv_heads,
-            });
+            return Err(KernelError::HeadRange { heads, kv_heads: self.layout.kv_heads });
         }
         if tokens.end > self.layout.capacity || tokens.start > tokens.end {
-            return Err(KernelError::TokenRange {
-                tokens,
-                capacity: self.layout.capacity,
-            });
+            return Err(KernelError::TokenRange { tokens, capacity: self.layout.capacity });
         }
         Ok(())
     }
@@ -407,17 +351,16 @@ impl Rows {
     /// `token` must be below `capacity` and `head` below `kv_heads`.
     #[inline]
     pub(crate) unsafe fn locate(&self, token: usize, head: usize) -> *mut u8 {
-        let Layout {
-            stride_block,
-            stride_token,
-            stride_head,
-            block_size,
-            ..
-        } = self.layout;
+        let Layout { stride_block, stride_token, stride_head, block_size, .. } = self.layout;
         let row = match block_size {
             0 => token as isize * stride_token,
             size => {
-                let (entry, slot) = (token / size, token % size);
+                // A division costs as much as the copy of a short row; sizes of blocks mostly are powers of two.
+                let (entry, slot) = if size & (size - 1) == 0 {
+                    (token >> size.trailing_zeros(), token & (size - 1))
+                } else {
+                    (token / size, token % size)
+                };
                 let block = match &self.table {
                     // SAFETY: token and head are in range, and `new` compared the table's length with the capacity.
                     Some(table) => unsafe { table.block(entry, head) },

@@ -20,9 +20,7 @@ pub struct Draw {
 impl Draw {
     /// A uniform number in (0, 1] for a token: the counter-based use of SplitMix64 (Steele et al., OOPSLA 2014).
     pub fn uniform(self, token: usize) -> f64 {
-        let stream =
-            mix(mix(mix(self.seed) ^ self.round)
-                ^ (u64::from(self.layer) << 32 | u64::from(self.head)));
+        let stream = mix(mix(mix(self.seed) ^ self.round) ^ (u64::from(self.layer) << 32 | u64::from(self.head)));
         let bits = mix(stream ^ token as u64);
         ((bits >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
@@ -48,26 +46,14 @@ fn mix(value: u64) -> u64 {
 /// [`KernelError::Weight`] with the first token, not protected, whose weight is negative, infinite or NaN;
 /// [`KernelError::Keep`] unless `out.len()` is at least the number of protected tokens and at most `weights.len()`; no
 /// working memory.
-pub fn sample(
-    weights: &[f32],
-    protected: Protected,
-    draw: Draw,
-    out: &mut [u32],
-) -> Result<(), KernelError> {
+pub fn sample(weights: &[f32], protected: Protected, draw: Draw, out: &mut [u32]) -> Result<(), KernelError> {
     keep_smallest(weights.len(), protected, out, |token| {
         let weight = weights[token];
         if !(weight >= 0.0 && weight.is_finite()) {
-            return Err(KernelError::Weight {
-                token,
-                value: weight,
-            });
+            return Err(KernelError::Weight { token, value: weight });
         }
         // Zero or more, infinite for weight 0, so the bits are in the order of the numbers.
-        let key = if weight > 0.0 {
-            -draw.uniform(token).ln() / f64::from(weight)
-        } else {
-            f64::INFINITY
-        };
+        let key = if weight > 0.0 { -draw.uniform(token).ln() / f64::from(weight) } else { f64::INFINITY };
         Ok((key + 0.0).to_bits())
     })
 }

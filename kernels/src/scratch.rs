@@ -7,9 +7,7 @@ pub(crate) fn filled<T: Copy>(len: usize, value: T) -> Result<Vec<T>, KernelErro
     let mut vector = Vec::new();
     vector
         .try_reserve_exact(len)
-        .map_err(|_| KernelError::OutOfMemory {
-            bytes: len.saturating_mul(size_of::<T>()),
-        })?;
+        .map_err(|_| KernelError::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) })?;
     vector.resize(len, value);
     Ok(vector)
 }

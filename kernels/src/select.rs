@@ -29,55 +29,51 @@ pub fn gather(
     destination_start: usize,
 ) -> Result<(), KernelError> {
     let shared = indices.stride_head == 0;
-    let mover = Mover::new(source, destination, heads.clone(), shared)?;
-    destination.check(
-        0..0,
-        destination_start..destination_start.saturating_add(indices.count),
-    )?;
+    let mover = Mover::new(source, destination, heads.clone(), indices.count, shared)?;
+    destination.check(0..0, destination_start..destination_start.saturating_add(indices.count))?;
     let in_place = mover.in_place();
     for head in heads.clone().take(if shared { 1 } else { heads.len() }) {
-        check_moves(
-            indices.of(head)?,
-            head,
-            source.capacity(),
-            in_place.then_some(destination_start),
-        )?;
+        check_moves(indices.of(head)?, head, source.capacity(), in_place.then_some(destination_start))?;
     }
 
     let layout = destination.layout();
     let heads_are_closer = layout.stride_head.unsigned_abs() < layout.stride_token.unsigned_abs();
-    let tile = if heads_are_closer {
-        TILE
-    } else {
-        indices.count.max(1)
-    };
+    let tile = if heads_are_closer { TILE } else { indices.count.max(1) };
     for start in (0..indices.count).step_by(tile) {
-        for head in mover.heads.clone() {
-            let list = &indices.of(head)?[start..indices.count.min(start + tile)];
+        for head in mover.heads() {
+            let places = start..indices.count.min(start + tile);
             // SAFETY: every index and the last destination were checked.
-            unsafe { move_list(&mover, list, destination_start + start, head) };
+            unsafe { move_list(mover, indices.of(head)?, places, destination_start, head) };
         }
     }
+    mover.finish();
     Ok(())
 }
 
 /// # Safety
 /// The rows must be inside both views, and the head among the mover's.
-unsafe fn move_list(mover: &Mover<'_>, list: &[u32], destination_start: usize, head: usize) {
-    let worthwhile = mover.worthwhile_run();
-    let mut place = 0;
-    while place < list.len() {
+unsafe fn move_list(mover: Mover, list: &[u32], places: Range<usize>, destination_start: usize, head: usize) {
+    let (worthwhile, ahead) = (mover.worthwhile_run(), mover.ahead());
+    let mut place = places.start;
+    while place < places.end {
         // The run's last index is looked at first: for scattered rows one comparison says that there is no run.
         let first = list[place];
         let run = match worthwhile {
             Some(least) if list.get(place + least - 1) == Some(&first.wrapping_add(least as u32 - 1)) => {
-                1 + list[place + 1..].iter().zip(first + 1..).take_while(|&(&index, next)| index == next).count()
+                1 + list[place + 1..places.end]
+                    .iter()
+                    .zip(first + 1..)
+                    .take_while(|&(&index, next)| index == next)
+                    .count()
             }
             _ => 1,
         };
         // SAFETY: the caller's promise.
         unsafe {
             if run == 1 {
+                if let Some(&next) = list.get(place + ahead) {
+                    mover.fetch(next as usize, head);
+                }
                 mover.move_one(first as usize, destination_start + place, head);
             } else {
                 mover.move_run(first as usize, destination_start + place, run, head);
@@ -87,40 +83,22 @@ unsafe fn move_list(mover: &Mover<'_>, list: &[u32], destination_start: usize, h
     }
 }
 
-fn check_moves(
-    list: &[u32],
-    head: usize,
-    capacity: usize,
-    in_place_from: Option<usize>,
-) -> Result<(), KernelError> {
+fn check_moves(list: &[u32], head: usize, capacity: usize, in_place_from: Option<usize>) -> Result<(), KernelError> {
     if list.iter().fold(0, |most, &index| most.max(index)) as usize >= capacity {
         for (place, &value) in list.iter().enumerate() {
             if value as usize >= capacity {
                 let fault = IndexFault::OutOfRange { length: capacity };
-                return Err(BadIndex {
-                    head,
-                    place,
-                    value,
-                    fault,
-                }
-                .into());
+                return Err(BadIndex { head, place, value, fault }.into());
             }
         }
     }
     let Some(start) = in_place_from else {
         return Ok(());
     };
-    match list
-        .iter()
-        .enumerate()
-        .find(|&(place, &index)| (index as usize) < start + place)
-    {
-        Some((place, &index)) => Err(KernelError::Overtakes {
-            head,
-            place,
-            source_row: index as usize,
-            destination_row: start + place,
-        }),
+    match list.iter().enumerate().find(|&(place, &index)| (index as usize) < start + place) {
+        Some((place, &index)) => {
+            Err(KernelError::Overtakes { head, place, source_row: index as usize, destination_row: start + place })
+        }
         None => Ok(()),
     }
 }
@@ -141,12 +119,13 @@ pub fn move_rows(
     count: usize,
     heads: Range<usize>,
 ) -> Result<(), KernelError> {
-    let mover = Mover::new(source, destination, heads, true)?;
+    let mover = Mover::new(source, destination, heads, count, true)?;
     source.check(0..0, from..from.saturating_add(count))?;
     destination.check(0..0, to..to.saturating_add(count))?;
-    for head in mover.heads.clone() {
+    for head in mover.heads() {
         // SAFETY: both ranges were checked.
         unsafe { mover.move_run(from, to, count, head) };
     }
+    mover.finish();
     Ok(())
 }

@@ -33,11 +33,7 @@ impl Protected {
 pub fn top_k(scores: &[f32], protected: Protected, out: &mut [u32]) -> Result<(), KernelError> {
     keep_smallest(scores.len(), protected, out, |token| {
         let score = scores[token];
-        if score.is_nan() {
-            Err(KernelError::ScoreNotANumber { token })
-        } else {
-            Ok(descending_key(score))
-        }
+        if score.is_nan() { Err(KernelError::ScoreNotANumber { token }) } else { Ok(descending_key(score)) }
     })
 }
 
@@ -45,12 +41,7 @@ pub fn top_k(scores: &[f32], protected: Protected, out: &mut [u32]) -> Result<()
 ///
 /// # Errors
 /// As [`top_k`]; [`KernelError::SliceLength`] when `scores` or `out` do not divide into `heads` rows.
-pub fn top_k_heads(
-    scores: &[f32],
-    heads: usize,
-    protected: Protected,
-    out: &mut [u32],
-) -> Result<(), KernelError> {
+pub fn top_k_heads(scores: &[f32], heads: usize, protected: Protected, out: &mut [u32]) -> Result<(), KernelError> {
     if heads == 0 {
         return check_len("kept tokens", out.len(), 0);
     }
@@ -58,11 +49,7 @@ pub fn top_k_heads(
     check_len("scores", scores.len(), length * heads)?;
     check_len("kept tokens", out.len(), keep * heads)?;
     for head in 0..heads {
-        top_k(
-            &scores[head * length..][..length],
-            protected,
-            &mut out[head * keep..][..keep],
-        )?;
+        top_k(&scores[head * length..][..length], protected, &mut out[head * keep..][..keep])?;
     }
     Ok(())
 }
@@ -72,11 +59,7 @@ fn descending_key(score: f32) -> u32 {
     // Adding zero makes a negative zero positive.
     let bits = (score + 0.0).to_bits();
     // Ascending over all floats: negative ones are mirrored, positive ones come after them.
-    let ascending = if bits >> 31 == 1 {
-        !bits
-    } else {
-        bits | 1 << 31
-    };
+    let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     !ascending
 }
 
@@ -91,11 +74,7 @@ pub(crate) fn keep_smallest<K: Ord + Copy + Default>(
     let keep = out.len();
     let protected_count = protected.count(length);
     if keep < protected_count || keep > length {
-        return Err(KernelError::Keep {
-            keep,
-            protected: protected_count,
-            length,
-        });
+        return Err(KernelError::Keep { keep, protected: protected_count, length });
     }
     let first = protected.sinks.min(length);
     let open = length - protected_count;

@@ -107,44 +107,22 @@ pub fn window_attention(
                     *target = element * queries.scale;
                 }
             }
-            simd::run(Multiply {
-                queries: &block_queries,
-                packed: &packed,
-                dim,
-                count,
-                padded,
-                logits: &mut logits,
-            });
+            simd::run(Multiply { queries: &block_queries, packed: &packed, dim, count, padded, logits: &mut logits });
             for (row, logits) in (first..first + count).zip(logits.chunks_exact_mut(padded)) {
                 let visible = history + row % window + 1;
-                simd::run(AddSoftmax {
-                    logits: &mut logits[..visible],
-                    share: 1.0 / rows as f32,
-                    mean: &mut mean,
-                });
+                simd::run(AddSoftmax { logits: &mut logits[..visible], share: 1.0 / rows as f32, mean: &mut mean });
             }
         }
         pool(&mean, kernel, &mut out[..history]);
-        let largest = out[..history]
-            .iter()
-            .fold(0.0, |most: f32, &score| most.max(score));
+        let largest = out[..history].iter().fold(0.0, |most: f32, &score| most.max(score));
         out[history..].fill(largest);
     }
     Ok(())
 }
 
 /// Query heads for each KV head.
-fn check_queries(
-    keys: &Rows,
-    queries: &WindowQueries<'_>,
-    length: usize,
-    kernel: usize,
-) -> Result<usize, KernelError> {
-    let &WindowQueries {
-        window,
-        query_heads,
-        ..
-    } = queries;
+fn check_queries(keys: &Rows, queries: &WindowQueries<'_>, length: usize, kernel: usize) -> Result<usize, KernelError> {
+    let &WindowQueries { window, query_heads, .. } = queries;
     let kv_heads = keys.kv_heads();
     if window == 0 || window > length {
         return Err(KernelError::Window { window, length });
@@ -153,38 +131,22 @@ fn check_queries(
         return Err(KernelError::PoolingKernel { kernel });
     }
     if kv_heads == 0 || query_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
-        return Err(KernelError::QueryHeads {
-            query_heads,
-            kv_heads,
-        });
+        return Err(KernelError::QueryHeads { query_heads, kv_heads });
     }
     let needed = (window - 1)
         .saturating_mul(queries.stride_position)
         .saturating_add((query_heads - 1).saturating_mul(queries.stride_head))
         .saturating_add(keys.head_dim());
     if queries.data.len() < needed {
-        return Err(KernelError::SliceLength {
-            what: "queries",
-            found: queries.data.len(),
-            expected: needed,
-        });
+        return Err(KernelError::SliceLength { what: "queries", found: queries.data.len(), expected: needed });
     }
     Ok(query_heads / kv_heads)
 }
 
 /// Converts a head's keys once, into `[panels, head_dim, PANEL]`; keys beyond `length` are zero.
-fn pack_keys(
-    keys: &Rows,
-    head: usize,
-    length: usize,
-    rows: &mut [f32],
-    packed: &mut [f32],
-) -> Result<(), KernelError> {
+fn pack_keys(keys: &Rows, head: usize, length: usize, rows: &mut [f32], packed: &mut [f32]) -> Result<(), KernelError> {
     let dim = keys.head_dim();
-    for (start, panel) in (0..length)
-        .step_by(PANEL)
-        .zip(packed.chunks_exact_mut(PANEL * dim))
-    {
+    for (start, panel) in (0..length).step_by(PANEL).zip(packed.chunks_exact_mut(PANEL * dim)) {
         let count = PANEL.min(length - start);
         keys.load_many(head, start..start + count, &mut rows[..count * dim])?;
         rows[count * dim..].fill(0.0);
@@ -216,18 +178,10 @@ impl Body for Multiply<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let Self {
-            queries,
-            packed,
-            dim,
-            count,
-            padded,
-            logits,
-        } = self;
+        let Self { queries, packed, dim, count, padded, logits } = self;
         for (panel, keys) in packed.chunks_exact(PANEL * dim).enumerate() {
             for first in (0..count).step_by(MICRO) {
-                let queries: [&[f32]; MICRO] =
-                    std::array::from_fn(|row| &queries[(first + row) * dim..][..dim]);
+                let queries: [&[f32]; MICRO] = std::array::from_fn(|row| &queries[(first + row) * dim..][..dim]);
                 let sums = multiply_panel(queries, keys);
                 for (row, sums) in sums.iter().enumerate() {
                     logits[(first + row) * padded + panel * PANEL..][..PANEL].copy_from_slice(sums);
@@ -296,17 +250,10 @@ fn largest(values: &[f32]) -> f32 {
     let mut most = [f32::NEG_INFINITY; LANES];
     for lanes in lanes {
         for lane in 0..LANES {
-            most[lane] = if lanes[lane] > most[lane] {
-                lanes[lane]
-            } else {
-                most[lane]
-            };
+            most[lane] = if lanes[lane] > most[lane] { lanes[lane] } else { most[lane] };
         }
     }
-    rest.iter().chain(&most).fold(
-        f32::NEG_INFINITY,
-        |most, &value| if value > most { value } else { most },
-    )
+    rest.iter().chain(&most).fold(f32::NEG_INFINITY, |most, &value| if value > most { value } else { most })
 }
 
 /// `e^x` for x <= 0, to 2 units in the last place; 0 below -87. In plain operations, so that it is vectorised and the same
@@ -322,15 +269,7 @@ fn exp(x: f32) -> f32 {
     let n = rounded - ROUND;
     let r = (clamped - n * LN_2_HIGH) - n * LN_2_LOW;
     let mut series = 1.0 / 5040.0;
-    for coefficient in [
-        1.0 / 720.0,
-        1.0 / 120.0,
-        1.0 / 24.0,
-        1.0 / 6.0,
-        0.5,
-        1.0,
-        1.0,
-    ] {
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         series = series * r + coefficient;
     }
     // The lowest bits of `rounded` are n; added to the exponent they multiply by 2^n.
@@ -342,8 +281,7 @@ fn exp(x: f32) -> f32 {
 fn pool(values: &[f32], kernel: usize, out: &mut [f32]) {
     let reach = kernel / 2;
     for (place, out) in out.iter_mut().enumerate() {
-        let neighbours =
-            &values[place.saturating_sub(reach)..values.len().min(place.saturating_add(reach + 1))];
+        let neighbours = &values[place.saturating_sub(reach)..values.len().min(place.saturating_add(reach + 1))];
         *out = neighbours.iter().sum::<f32>() / kernel as f32;
     }
 }

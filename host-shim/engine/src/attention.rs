@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::cache::{KvBuffer, LayerView, RowLayout, read_rows};
 use crate::ops::exponentials;
-use crate::rank::{Batch, HeadShard};
+use crate::rank::{BatchSequence, HeadShard};
 use crate::simd::{Kernel, LANES, dispatch, dot};
 
 /// Queries of one task; with their group they share each block of keys.
@@ -23,15 +23,22 @@ const KEY_BLOCK: usize = 64;
 /// Channels accumulated at a time: four vectors of eight.
 const CHANNELS: usize = 4 * LANES;
 
-/// Attention of all rows of a batch in one layer, on one rank.
+/// Attention of all rows of neighbouring sequences of a batch in one layer, on one rank.
 ///
-/// `q` is `[rows, query heads of the shard, head_dim]`, after RoPE; so is the result. The step's own K and V must be in
-/// the cache already: row `i` of a sequence sees the rows cached before the step and `i + 1` more.
-pub fn attend(view: &LayerView<'_>, q: &[f32], batch: &Batch, layer: usize, shard: &HeadShard) -> Vec<f32> {
+/// `q` is `[rows of the sequences, query heads of the shard, head_dim]`, after RoPE; so is the result. The step's own K
+/// and V must be in the cache already: row `i` of a sequence sees the rows cached before the step and `i + 1` more.
+pub fn attend(
+    view: &LayerView<'_>,
+    q: &[f32],
+    sequences: &[BatchSequence],
+    layer: usize,
+    shard: &HeadShard,
+) -> Vec<f32> {
     let head_dim = view.layout.head_dim;
     let stride = shard.query_heads.len() * head_dim;
+    let first_row = sequences.first().map_or(0, |sequence| sequence.first_row);
     let mut tiles = Vec::new();
-    for sequence in &batch.sequences {
+    for sequence in sequences {
         let cache = &sequence.layers[layer];
         for start in (0..sequence.rows).step_by(TILE) {
             for kv_head in 0..shard.kv_heads.len() {
@@ -44,7 +51,7 @@ pub fn attend(view: &LayerView<'_>, q: &[f32], batch: &Batch, layer: usize, shar
                     heads: shard.group_of(kv_head),
                     q,
                     stride,
-                    first_row: sequence.first_row + start,
+                    first_row: sequence.first_row - first_row + start,
                     rows: TILE.min(sequence.rows - start),
                     visible: cache.len + start + 1,
                 });
@@ -181,7 +188,7 @@ fn accumulate_channels<const N: usize>(weights: &[f32], values: &[f32], out: &mu
 mod tests {
     use super::*;
     use crate::cache::{KvDtype, LayerCache, SequenceId};
-    use crate::rank::{BatchSequence, Phase};
+    use crate::rank::Phase;
 
     fn noise(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12_345);
@@ -232,8 +239,7 @@ mod tests {
                     prompt_ends: false,
                     phase: Phase::Prefill,
                 };
-                let batch = Batch { sequences: vec![sequence], rows };
-                results.push(attend(&view, &q, &batch, 0, &shard));
+                results.push(attend(&view, &q, &[sequence], 0, &shard));
             }
             assert!(results[0].iter().zip(&results[1]).all(|(a, b)| a.to_bits() == b.to_bits()));
             for i in 0..rows {

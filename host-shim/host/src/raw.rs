@@ -171,9 +171,9 @@ pub struct KvhookHostConfig {
     /// What the engine offers. Copied.
     pub offers: *const KvhOffers,
     /// `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in
-    /// order. Empty: `KVHOOK_PLUGIN_PATH`, or the folder of the host's own library or program.
+    /// order. Empty: `KVHOOK_PLUGIN_PATH`, or the program's folder, `deps` in it and `../lib/kvhook/plugins` beside it.
     pub plugin_folders: KvhArray,
-    /// Folder for private copies, made with mode 0700. Empty: `kvhook` in the user's cache folder.
+    /// Folder for private copies, made with mode 0700. Empty: `kvhook/plugins` in the user's cache folder.
     pub copy_folder: KvhStr,
 }
 

@@ -244,9 +244,9 @@ fn get_layers(object: &Map<String, Value>) -> Result<Option<LayerSet>, String> {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => LayerSet::parse(text),
         Some(value @ Value::Array(items)) => {
-            let layers = items.iter().map(|item| {
-                item.as_u64().and_then(|layer| u32::try_from(layer).ok()).map(|layer| layer..=layer)
-            });
+            let layers = items
+                .iter()
+                .map(|item| item.as_u64().and_then(|layer| u32::try_from(layer).ok()).map(|layer| layer..=layer));
             let ranges: Option<Vec<_>> = layers.collect();
             let ranges = ranges.filter(|ranges| !ranges.is_empty()).ok_or_else(|| wrong("layers", value, EXPECTED))?;
             Ok(Some(LayerSet { ranges }))

@@ -1,1 +1,3 @@
 //! What crosses crates: conformance, faults, and the real model end to end.
+
+pub mod plugins;

@@ -113,14 +113,7 @@ impl LayerView<'_> {
 }
 
 /// Copies `out.len() / head_dim` rows from token `start` on into `out`, as f32.
-pub fn read_rows(
-    buffer: &KvBuffer,
-    layout: &RowLayout,
-    table: &[u32],
-    head: usize,
-    start: usize,
-    out: &mut [f32],
-) {
+pub fn read_rows(buffer: &KvBuffer, layout: &RowLayout, table: &[u32], head: usize, start: usize, out: &mut [f32]) {
     let (mut token, mut out) = (start, out);
     while !out.is_empty() {
         // Rows of one block lie side by side.

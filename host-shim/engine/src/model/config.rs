@@ -89,9 +89,8 @@ impl Config {
             true => gguf.tensor("rope_freqs.weight", &[head_dim / 2])?,
             false => vec![1.0; head_dim / 2],
         };
-        let frequency = |(pair, factor): (usize, &f32)| {
-            rope_base.powf(-2.0 * pair as f64 / head_dim as f64) / f64::from(*factor)
-        };
+        let frequency =
+            |(pair, factor): (usize, &f32)| rope_base.powf(-2.0 * pair as f64 / head_dim as f64) / f64::from(*factor);
         Ok(Self {
             layers,
             hidden,

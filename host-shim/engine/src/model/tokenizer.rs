@@ -3,9 +3,7 @@
 //! candle's converter puts a space before every segment, also behind a special token, which the model never saw in
 //! training; so the pipeline is put together here.
 
-use std::collections::HashMap;
-
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
@@ -46,7 +44,7 @@ impl Tokenizer {
             None => Err(Error::Tokenizer { reason: format!("merge \"{text}\" is not two tokens and a space") }),
         };
         let merges = gguf.strings("tokenizer.ggml.merges")?.into_iter().map(merge).collect::<Result<Vec<_>>>()?;
-        let vocab: HashMap<String, u32> = tokens.iter().cloned().zip(0..).collect();
+        let vocab: Vocab = tokens.iter().cloned().zip(0..).collect();
         let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(refused)?;
         let mut inner = tokenizers::Tokenizer::new(bpe);
         inner.with_pre_tokenizer(Some(words(gguf)?));

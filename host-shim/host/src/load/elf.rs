@@ -106,9 +106,5 @@ fn check_entry_symbol(sections: &Sections<'_>, bytes: &[u8]) -> Result<(), HostE
     }
     found.sort_unstable();
     found.dedup();
-    Err(if found.is_empty() {
-        HostError::NoEntry
-    } else {
-        HostError::WrongMajor { found, ours: KVH_ABI_MAJOR }
-    })
+    Err(if found.is_empty() { HostError::NoEntry } else { HostError::WrongMajor { found, ours: KVH_ABI_MAJOR } })
 }

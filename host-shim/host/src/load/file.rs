@@ -19,7 +19,7 @@ use crate::error::HostError;
 pub const MAX_PLUGIN_BYTES: u64 = 256 << 20;
 
 /// SHA-256 of a file's content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentHash([u8; 32]);
 
 impl ContentHash {
@@ -93,10 +93,9 @@ impl PluginFile {
         match openat(CWD, path, flags, Mode::empty()) {
             Ok(file) => Self::new(file.into(), path.to_owned()),
             Err(Errno::NOENT) => Err(HostError::FileMissing { looked_at: vec![path.to_owned()] }),
-            Err(error) => Err(HostError::FileUnreadable {
-                path: path.to_owned(),
-                problem: io::Error::from(error).to_string(),
-            }),
+            Err(error) => {
+                Err(HostError::FileUnreadable { path: path.to_owned(), problem: io::Error::from(error).to_string() })
+            }
         }
     }
 
@@ -110,7 +109,8 @@ impl PluginFile {
     /// # Errors
     /// `FileUnreadable`; `FileChanged` when the file was written to since it was opened.
     pub fn read(self) -> Result<PluginImage, HostError> {
-        let unreadable = |error: io::Error| HostError::FileUnreadable { path: self.path.clone(), problem: error.to_string() };
+        let unreadable =
+            |error: io::Error| HostError::FileUnreadable { path: self.path.clone(), problem: error.to_string() };
         let mut bytes = Vec::new();
         let limit = self.opened.size + 1;
         (&self.file).take(limit).read_to_end(&mut bytes).map_err(unreadable)?;
@@ -118,7 +118,10 @@ impl PluginFile {
         if now != self.opened || bytes.len() as u64 != self.opened.size {
             return Err(HostError::FileChanged {
                 path: self.path,
-                change: format!("{} bytes when it was opened, {} when it was read, or newly written", self.opened.size, now.size),
+                change: format!(
+                    "{} bytes when it was opened, {} when it was read, or newly written",
+                    self.opened.size, now.size
+                ),
                 advice: "install plugins by writing a new file and renaming it, then load again",
             });
         }

@@ -1,7 +1,10 @@
 //! The steps of loading a plugin, in order.
 
+use serde::Serialize;
+
 /// One thing that is checked when a plugin is loaded. A load stops at the first that fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Step {
     /// Safe mode is off, the name or path is allowed, no link is followed, the file is there and regular.
     Open,
@@ -35,13 +38,11 @@ pub enum Step {
     Functions,
     /// Entry and metadata agree.
     Agreement,
-    /// The deep layout check between Rust and Rust, where both sides have it.
-    DeepLayout,
 }
 
 impl Step {
     /// All steps, in order.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 16] = [
         Self::Open,
         Self::Read,
         Self::Pin,
@@ -58,7 +59,6 @@ impl Step {
         Self::Fingerprints,
         Self::Functions,
         Self::Agreement,
-        Self::DeepLayout,
     ];
 
     /// What a passed step says.
@@ -80,7 +80,6 @@ impl Step {
             Self::Fingerprints => "every layout in its entry is known here",
             Self::Functions => "no function is null",
             Self::Agreement => "entry and metadata agree",
-            Self::DeepLayout => "the deep layout check passed, or one side has none",
         }
     }
 }

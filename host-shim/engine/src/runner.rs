@@ -1,0 +1,313 @@
+//! Runs steps over sequences: the level below requests, for measurements and for the scheduler.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::cache::{BlockPool, CacheConfig, CacheKind, SequenceCache, SequenceId};
+use crate::error::{Error, Result};
+use crate::forward::forward;
+use crate::model::Model;
+use crate::rank::{Batch, BatchSequence, Phase, Ranks};
+
+/// A row of logits, `[vocab]`.
+pub type LogitsRow = Vec<f32>;
+
+/// Which rows of a sequence's part of a step give logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// None: a chunk in the middle of a prompt.
+    None,
+    /// The last one.
+    Last,
+    /// All of them.
+    All,
+}
+
+/// How [`Runner::score`] feeds its tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// All in one step. Each token sees those before it, so the logits are those of [`Scoring::OneByOne`], faster.
+    Together,
+    /// One step for each token, as in decode: what a plugin does while the sequence grows takes part.
+    OneByOne,
+}
+
+/// One sequence's part of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Work<'a> {
+    /// The sequence; at most once in a step.
+    pub sequence: SequenceId,
+    /// Its next tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Prefill or decode.
+    pub phase: Phase,
+    /// Whether the last token is the last of the prompt.
+    pub prompt_ends: bool,
+    /// Which logits are wanted.
+    pub logits: Logits,
+}
+
+/// A model with its ranks, caches and sequences.
+#[derive(Debug)]
+pub struct Runner {
+    model: Arc<Model>,
+    config: CacheConfig,
+    ranks: Ranks,
+    /// `None`: contiguous.
+    pool: Option<BlockPool>,
+    sequences: HashMap<SequenceId, SequenceCache>,
+    last_id: u64,
+}
+
+impl Runner {
+    /// Starts the ranks and makes their caches.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a setting that cannot work; [`Error::RankStopped`] where a thread cannot be started.
+    pub fn new(model: Arc<Model>, config: CacheConfig) -> Result<Self> {
+        let heads = model.config.heads;
+        if config.ranks == 0 || config.ranks > heads {
+            return Err(Error::Config {
+                setting: "ranks",
+                found: config.ranks.to_string(),
+                expected: format!("1 to {heads}, the model's query heads"),
+            });
+        }
+        let pool = match config.kind {
+            CacheKind::Contiguous => None,
+            CacheKind::Paged { block_size, blocks } => {
+                if block_size == 0 {
+                    let (found, expected) = ("0".into(), "at least 1".into());
+                    return Err(Error::Config { setting: "block_size", found, expected });
+                }
+                if u32::try_from(blocks).is_err() || blocks == 0 {
+                    let (found, expected) = (blocks.to_string(), format!("1 to {}", u32::MAX));
+                    return Err(Error::Config { setting: "blocks", found, expected });
+                }
+                Some(BlockPool::new(model.config.layers, blocks, block_size, config.prefix_sharing))
+            }
+        };
+        let ranks = Ranks::start(&model.config, &config)?;
+        Ok(Self { model, config, ranks, pool, sequences: HashMap::new(), last_id: 0 })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The cache's settings.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// The ranks, to run work on their threads.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    /// The blocks of a paged cache.
+    pub fn pool(&self) -> Option<&BlockPool> {
+        self.pool.as_ref()
+    }
+
+    /// The blocks of a paged cache and a sequence, to edit both in one go.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn parts_mut(&mut self, id: SequenceId) -> Result<(Option<&mut BlockPool>, &mut SequenceCache)> {
+        let sequence = self.sequences.get_mut(&id).ok_or(Error::UnknownSequence(id))?;
+        Ok((self.pool.as_mut(), sequence))
+    }
+
+    /// A sequence's lengths, blocks and next position.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn sequence(&self, id: SequenceId) -> Result<&SequenceCache> {
+        self.sequences.get(&id).ok_or(Error::UnknownSequence(id))
+    }
+
+    /// Bytes allocated for K and V on all ranks.
+    ///
+    /// # Errors
+    /// [`Error::RankStopped`].
+    pub fn cache_bytes(&self) -> Result<usize> {
+        Ok(self.ranks.run(|rank| rank.cache.bytes())?.into_iter().sum())
+    }
+
+    /// Blocks that a new sequence could get in every layer; `None` for a contiguous cache, which has no limit.
+    pub fn usable_blocks(&self) -> Option<usize> {
+        self.pool.as_ref().map(BlockPool::usable_blocks)
+    }
+
+    /// Whether a new sequence of `rows` rows would fit now.
+    pub fn fits(&self, rows: usize) -> bool {
+        self.pool.as_ref().is_none_or(|pool| rows.div_ceil(pool.block_size()) <= pool.usable_blocks())
+    }
+
+    /// Begins a sequence, which takes over the blocks of an equal beginning of another prompt, if there are any.
+    ///
+    /// At most `prefix_limit` rows are taken over, and never the whole prompt: at least its last token must be run, to
+    /// give logits. The rows taken over are [`SequenceCache::shared`].
+    pub fn begin(&mut self, prompt: &[u32], prefix_limit: usize) -> SequenceId {
+        self.last_id += 1;
+        let id = SequenceId::new(self.last_id);
+        let mut sequence = SequenceCache::new(self.model.config.layers, prompt);
+        if let Some(pool) = &mut self.pool {
+            pool.share_prefix(&mut sequence, prefix_limit.min(prompt.len().saturating_sub(1)));
+        }
+        self.sequences.insert(id, sequence);
+        id
+    }
+
+    /// Makes sure that a sequence has room for `rows` more rows. [`step`](Self::step) does so by itself.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBlocks`], with nothing taken; [`Error::UnknownSequence`].
+    pub fn reserve(&mut self, id: SequenceId, rows: usize) -> Result<()> {
+        let (pool, sequence) = self.parts_mut(id)?;
+        pool.map_or(Ok(()), |pool| pool.reserve(sequence, rows))
+    }
+
+    /// Runs one step: writes K and V of each sequence's tokens and returns the logits wanted, in the order of `work`.
+    ///
+    /// # Errors
+    /// Before anything is written: [`Error::Empty`], [`Error::DuplicateSequence`], [`Error::UnknownSequence`],
+    /// [`Error::UnknownToken`], [`Error::ContextFull`], [`Error::OutOfBlocks`], [`Error::SharedBlock`].
+    /// Then only [`Error::RankStopped`].
+    pub fn step(&mut self, work: &[Work<'_>]) -> Result<Vec<Vec<LogitsRow>>> {
+        if work.is_empty() {
+            return Err(Error::Empty { what: "the step" });
+        }
+        let mut batch = Batch { sequences: Vec::with_capacity(work.len()), rows: 0 };
+        let mut tokens = Vec::new();
+        let mut wanted = Vec::new();
+        for part in work {
+            if batch.sequences.iter().any(|other| other.id == part.sequence) {
+                return Err(Error::DuplicateSequence(part.sequence));
+            }
+            let sequence = self.batch_sequence(part, batch.rows)?;
+            batch.rows += sequence.rows;
+            batch.sequences.push(sequence);
+            tokens.extend_from_slice(part.tokens);
+            match part.logits {
+                Logits::None => {}
+                Logits::Last => wanted.push(batch.rows - 1),
+                Logits::All => wanted.extend(batch.rows - part.tokens.len()..batch.rows),
+            }
+        }
+        let mut logits = forward(&self.model, &self.ranks, batch, &tokens, &wanted)?.into_iter();
+        let mut answers = Vec::with_capacity(work.len());
+        for part in work {
+            let rows = match part.logits {
+                Logits::None => 0,
+                Logits::Last => 1,
+                Logits::All => part.tokens.len(),
+            };
+            answers.push(logits.by_ref().take(rows).collect());
+            let (pool, sequence) = self.parts_mut(part.sequence)?;
+            for layer in &mut sequence.layers {
+                layer.len += part.tokens.len();
+            }
+            sequence.next_position += part.tokens.len() as u32;
+            if let Some(pool) = pool {
+                pool.publish(sequence);
+            }
+        }
+        Ok(answers)
+    }
+
+    /// Checks one sequence's part of a step, gives it room, and describes it for the ranks.
+    fn batch_sequence(&mut self, part: &Work<'_>, first_row: usize) -> Result<BatchSequence> {
+        let rows = part.tokens.len();
+        if rows == 0 {
+            return Err(Error::Empty { what: "a sequence's part of the step" });
+        }
+        let context = self.model.config.context;
+        let position = self.sequence(part.sequence)?.next_position as usize;
+        if position + rows > context {
+            return Err(Error::ContextFull { position: position.max(context), context });
+        }
+        self.reserve(part.sequence, rows)?;
+        let (pool, sequence) = self.parts_mut(part.sequence)?;
+        if let Some(pool) = pool {
+            for (layer, cache) in sequence.layers.iter().enumerate() {
+                let tail = cache.blocks.get(cache.len / pool.block_size());
+                if let Some(&block) = tail.filter(|block| !pool.is_private(layer, **block)) {
+                    return Err(Error::SharedBlock { sequence: part.sequence, layer, block });
+                }
+            }
+        }
+        Ok(BatchSequence {
+            id: part.sequence,
+            first_row,
+            rows,
+            first_position: sequence.next_position,
+            layers: sequence.layers.clone(),
+            prompt_ends: part.prompt_ends,
+            phase: part.phase,
+        })
+    }
+
+    /// Begins a sequence and runs its whole prompt, `chunk` tokens a step; the logits are those of its last token.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and [`Error::Empty`] for an empty prompt; the sequence is then freed.
+    pub fn prefill(&mut self, prompt: &[u32], chunk: usize) -> Result<(SequenceId, LogitsRow)> {
+        let id = self.begin(prompt, prompt.len());
+        let logits = self.prefill_rest(id, prompt, chunk.max(1));
+        if logits.is_err() {
+            self.free(id)?;
+        }
+        Ok((id, logits?))
+    }
+
+    fn prefill_rest(&mut self, id: SequenceId, prompt: &[u32], chunk: usize) -> Result<LogitsRow> {
+        let mut last = None;
+        let mut done = self.sequence(id)?.shared;
+        while done < prompt.len() {
+            let tokens = &prompt[done..prompt.len().min(done + chunk)];
+            done += tokens.len();
+            let prompt_ends = done == prompt.len();
+            let logits = if prompt_ends { Logits::Last } else { Logits::None };
+            let work = Work { sequence: id, tokens, phase: Phase::Prefill, prompt_ends, logits };
+            last = self.step(&[work])?.pop().and_then(|mut rows| rows.pop());
+        }
+        last.ok_or(Error::Empty { what: "the prompt" })
+    }
+
+    /// Feeds given tokens to a sequence and returns the logits behind each of them.
+    ///
+    /// To score a continuation `y` of a prompt `x`, prefill all of `x` but its last token, and score that token and all
+    /// of `y` but its last: row `i` then predicts `y[i]`.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn score(&mut self, id: SequenceId, tokens: &[u32], scoring: Scoring) -> Result<Vec<LogitsRow>> {
+        let size = match scoring {
+            Scoring::Together => tokens.len().max(1),
+            Scoring::OneByOne => 1,
+        };
+        let mut rows = Vec::with_capacity(tokens.len());
+        for tokens in tokens.chunks(size) {
+            let work = Work { sequence: id, tokens, phase: Phase::Decode, prompt_ends: false, logits: Logits::All };
+            rows.extend(self.step(&[work])?.into_iter().flatten());
+        }
+        Ok(rows)
+    }
+
+    /// Ends a sequence: its blocks go back to the pool, its buffers are dropped.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::RankStopped`].
+    pub fn free(&mut self, id: SequenceId) -> Result<()> {
+        let mut sequence = self.sequences.remove(&id).ok_or(Error::UnknownSequence(id))?;
+        if let Some(pool) = &mut self.pool {
+            pool.free(&mut sequence);
+            return Ok(());
+        }
+        self.ranks.run(move |rank| rank.cache.free(id))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,323 @@
+//! The host of one model: its arms, sequences and tickets.
+//!
+//! Locks, in the order in which they may be held together: an instance's, a sequence's state, then one of the maps.
+//! A plugin runs under its instance's lock only; the engine's callbacks for memory never run under a map's.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use kvhook_abi::raw::*;
+use parking_lot::{Mutex, RwLock};
+use serde_json::{Map, Value, json};
+
+use crate::arm::{Arm, Generation, RankInstance, Wants};
+use crate::callbacks::Callbacks;
+use crate::error::HostError;
+use crate::figures;
+use crate::instance::{CallError, Event, Instance};
+use crate::load::{self, Library, Policy, Source};
+use crate::memory::Allocator;
+use crate::model::Model;
+use crate::raw::*;
+use crate::sequence::Sequence;
+use crate::services::Services;
+use crate::spec::{self, ArmSpec, LayerSet};
+use crate::ticket::Tickets;
+
+/// How to make a host.
+pub struct HostConfig {
+    /// Name and version of the engine, for messages.
+    pub engine: String,
+    /// The engine's log and memory.
+    pub callbacks: Callbacks,
+    /// One for each rank of this process.
+    pub models: Vec<Model>,
+    /// What the engine offers.
+    pub offers: KvhOffers,
+    /// Folders in which plugins are looked up; empty: from the environment.
+    pub plugin_folders: Vec<PathBuf>,
+    /// Folder for private copies; none: in the user's cache.
+    pub copy_folder: Option<PathBuf>,
+}
+
+/// The host of one model in this process.
+pub struct Host {
+    pub(crate) callbacks: Callbacks,
+    pub(crate) models: Vec<Arc<Model>>,
+    pub(crate) offers: KvhOffers,
+    pub(crate) sequences: RwLock<HashMap<u64, Arc<Sequence>>>,
+    pub(crate) tickets: Mutex<Tickets>,
+    pub(crate) next_uid: AtomicU64,
+    pub(crate) next_ticket: AtomicU64,
+    engine: String,
+    policy: Policy,
+    arms: RwLock<Vec<Arc<Arm>>>,
+    /// One change of the arms at a time.
+    changing: Mutex<()>,
+    wants: Arc<Wants>,
+}
+
+impl Host {
+    /// A host without arms.
+    ///
+    /// # Errors
+    /// `Argument` without models, or when they differ in their number of layers.
+    pub fn new(config: HostConfig) -> Result<Self, HostError> {
+        let layers = config.models.first().map(|model| model.layers().len());
+        if layers.is_none() || config.models.iter().any(|model| Some(model.layers().len()) != layers) {
+            return Err(HostError::Argument(
+                "`models` is empty, or the ranks differ in their number of layers; expected one model for each rank".into(),
+            ));
+        }
+        Ok(Self {
+            callbacks: config.callbacks,
+            models: config.models.into_iter().map(Arc::new).collect(),
+            offers: KvhOffers { struct_size: size_of::<KvhOffers>(), ..config.offers },
+            sequences: RwLock::default(),
+            tickets: Mutex::default(),
+            next_uid: AtomicU64::new(1),
+            next_ticket: AtomicU64::new(1),
+            engine: config.engine,
+            policy: Policy::new(config.plugin_folders, config.copy_folder),
+            arms: RwLock::default(),
+            changing: Mutex::default(),
+            wants: Arc::default(),
+        })
+    }
+
+    /// Whether the environment says that no plugin is loaded.
+    pub fn is_safe_mode(&self) -> bool {
+        self.policy.safe_mode
+    }
+
+    /// Replaces all arms by those of a `kv_plugin` form, as a whole or not at all. An arm whose name stays goes on with
+    /// its figures and its sequences, as in [`Host::set_arm`]. In safe mode the form is read, and no arm is made.
+    ///
+    /// # Errors
+    /// Those of [`spec::parse`] and of loading and creating.
+    pub fn configure(&self, form: &str, source: Source) -> Result<(), HostError> {
+        let specs = spec::parse(form, source)?;
+        if self.policy.safe_mode {
+            self.callbacks.log(KVH_LOG_WARN, format_args!("safe mode: {} arms are not made", specs.len()));
+            return Ok(());
+        }
+        let _changing = self.changing.lock();
+        let generations = specs.iter().map(|spec| self.load(spec)).collect::<Result<Vec<_>, _>>()?;
+        let before = self.arms.read().clone();
+        let mut after = Vec::with_capacity(specs.len());
+        let mut replaced = Vec::new();
+        for (spec, generation) in specs.iter().zip(generations) {
+            match before.iter().find(|arm| arm.name == spec.name) {
+                Some(arm) => {
+                    arm.set_weight(spec.weight);
+                    replaced.push((arm.clone(), arm.replace(generation)));
+                    after.push(arm.clone());
+                }
+                None => after.push(Arc::new(Arm::new(spec.name.clone(), spec.weight, generation))),
+            }
+        }
+        for arm in before.iter().filter(|arm| specs.iter().all(|spec| spec.name != arm.name)) {
+            arm.remove();
+        }
+        *self.arms.write() = after;
+        for (arm, old) in replaced {
+            self.migrate_all(&arm);
+            drop(old);
+        }
+        Ok(())
+    }
+
+    /// Adds an arm, or replaces the plugin of the arm of that name: new sequences take the new instances; a sequence
+    /// that runs moves to them, too, unless the old ones hold state for it or a ticket of theirs is open.
+    ///
+    /// # Errors
+    /// `Spec`, `SafeMode`, and those of loading and creating; then nothing changed.
+    pub fn set_arm(&self, spec: &ArmSpec) -> Result<(), HostError> {
+        let _changing = self.changing.lock();
+        let generation = self.load(spec)?;
+        self.install(&spec.name, spec.weight, generation);
+        Ok(())
+    }
+
+    /// As [`Host::set_arm`], with a plugin that is part of this program. For tests.
+    ///
+    /// # Errors
+    /// As [`Host::set_arm`].
+    ///
+    /// # Safety
+    /// `entry` is a plugin's static entry.
+    #[doc(hidden)]
+    pub unsafe fn arm_set_entry(&self, spec: &ArmSpec, entry: *const KvhPluginEntry) -> Result<(), HostError> {
+        spec.check()?;
+        let _changing = self.changing.lock();
+        // SAFETY: passed on from the caller.
+        let library = Arc::new(unsafe { Library::from_entry(entry)? });
+        let generation = self.create(&library, spec)?;
+        self.install(&spec.name, spec.weight, generation);
+        Ok(())
+    }
+
+    fn install(&self, name: &str, weight: f64, generation: Arc<Generation>) {
+        let arm = self.arms.read().iter().find(|arm| arm.name == name).cloned();
+        match arm {
+            Some(arm) => {
+                arm.set_weight(weight);
+                let old = arm.replace(generation);
+                self.migrate_all(&arm);
+                drop(old);
+            }
+            None => self.arms.write().push(Arc::new(Arm::new(name.to_owned(), weight, generation))),
+        }
+    }
+
+    fn load(&self, spec: &ArmSpec) -> Result<Arc<Generation>, HostError> {
+        spec.check()?;
+        let library = load::load(&self.policy, &spec.plugin, spec.source, spec.sha256)?;
+        self.create(&library, spec)
+    }
+
+    /// Makes an instance for each rank.
+    fn create(&self, library: &Arc<Library>, spec: &ArmSpec) -> Result<Arc<Generation>, HostError> {
+        let layers = self.models.first().map_or(0, |model| model.layers().len()) as u32;
+        spec.layers.as_ref().map_or(Ok(()), |set: &LayerSet| set.check(layers))?;
+        let mut ranks = Vec::with_capacity(self.models.len());
+        for model in &self.models {
+            let services = Services::new(self.callbacks, model.clone());
+            // SAFETY: the host's model and offers are as the contract says; the services keep the model alive.
+            let instance = unsafe {
+                Instance::create(library, services.clone(), model.raw(), &self.offers, &spec.config)?
+            };
+            ranks.push(RankInstance { instance: Mutex::new(instance), services });
+        }
+        let (plugin, version) = (library.id().to_owned(), library.version());
+        self.callbacks.log(
+            KVH_LOG_INFO,
+            format_args!("arm {}: plugin {plugin} {version} for {} ({} ranks)", spec.name, self.engine, ranks.len()),
+        );
+        Generation::new(ranks, spec.layers.as_ref(), spec.min_tokens, plugin, self.wants.clone()).map(Arc::new)
+    }
+
+    /// Changes an arm's share of the sequences that name no arm.
+    ///
+    /// # Errors
+    /// `UnknownArm`; `Argument` for a weight that is negative or not finite.
+    pub fn set_weight(&self, name: &str, weight: f64) -> Result<(), HostError> {
+        spec::check_weight(weight).map_err(HostError::Argument)?;
+        self.arm(name)?.set_weight(weight);
+        Ok(())
+    }
+
+    /// Removes an arm. Its live sequences are not compressed any more; they go on until they are freed.
+    ///
+    /// # Errors
+    /// `UnknownArm`.
+    pub fn remove_arm(&self, name: &str) -> Result<(), HostError> {
+        let _changing = self.changing.lock();
+        let arm = self.arm(name)?;
+        arm.remove();
+        self.arms.write().retain(|other| !Arc::ptr_eq(other, &arm));
+        Ok(())
+    }
+
+    /// An arm by name.
+    ///
+    /// # Errors
+    /// `UnknownArm`.
+    pub fn arm(&self, name: &str) -> Result<Arc<Arm>, HostError> {
+        let arms = self.arms.read();
+        arms.iter().find(|arm| arm.name == name).cloned().ok_or_else(|| HostError::UnknownArm {
+            name: name.chars().take(80).collect(),
+            known: arms.iter().map(|arm| arm.name.clone()).collect(),
+        })
+    }
+
+    /// All arms.
+    pub fn arms(&self) -> Vec<Arc<Arm>> {
+        self.arms.read().clone()
+    }
+
+    /// Phases in which any live instance wants `before_attention`: `KVH_PHASE_*` bits.
+    pub fn wants(&self) -> u32 {
+        self.wants.phases()
+    }
+
+    /// The figures of all arms as JSON text: `{"engine": ..., "arms": {name: ...}}`.
+    pub fn figures_json(&self) -> String {
+        let arms: Map<String, Value> =
+            self.arms().iter().map(|arm| (arm.name.clone(), arm.figures.json())).collect();
+        json!({ "engine": self.engine, "arms": arms }).to_string()
+    }
+
+    /// The figures of all arms as Prometheus text.
+    pub fn figures_prometheus(&self) -> String {
+        let arms = self.arms();
+        let arms: Vec<_> = arms.iter().map(|arm| (arm.name.as_str(), &arm.figures)).collect();
+        figures::prometheus(&arms)
+    }
+
+    /// The engine got bytes back that a sequence's commit made free.
+    ///
+    /// # Errors
+    /// `UnknownUid`.
+    pub fn freed(&self, uid: u64, bytes: u64) -> Result<(), HostError> {
+        self.sequence(uid)?.arm.figures.freed(bytes);
+        Ok(())
+    }
+
+    pub(crate) fn sequence(&self, uid: u64) -> Result<Arc<Sequence>, HostError> {
+        self.sequences.read().get(&uid).cloned().ok_or(HostError::UnknownUid(uid))
+    }
+
+    pub(crate) fn check_rank(&self, rank: u32) -> Result<usize, HostError> {
+        let ranks = self.models.len();
+        usize::try_from(rank)
+            .ok()
+            .filter(|&rank| rank < ranks)
+            .ok_or_else(|| HostError::Argument(format!("`rank` is {rank}; there are {ranks} ranks")))
+    }
+
+    pub(crate) fn allocator(&self, rank: usize) -> Allocator {
+        Allocator::new(self.callbacks, rank as u32)
+    }
+
+    /// Records that a hook failed: in the log, and for the generation when it panicked. Gives the reason.
+    pub(crate) fn hook_failed(&self, hook: &str, uid: u64, generation: &Generation, error: &CallError) -> KvhookReason {
+        let reason = match error.status {
+            KVH_ERR_PANIC => KVHOOK_REASON_PANIC,
+            KVH_ERR_POISONED => KVHOOK_REASON_POISONED,
+            KVH_ERR_OUT_OF_MEMORY => KVHOOK_REASON_OUT_OF_MEMORY,
+            KVH_ERR_UNSUPPORTED => KVH_REASON_UNSUPPORTED,
+            _ => KVHOOK_REASON_PLUGIN_ERROR,
+        };
+        if matches!(reason, KVHOOK_REASON_PANIC | KVHOOK_REASON_POISONED) {
+            generation.poison();
+        }
+        self.callbacks.log(
+            KVH_LOG_WARN,
+            format_args!("plugin {}: {hook} failed for sequence {uid}: {error}", generation.plugin),
+        );
+        reason
+    }
+}
+
+/// Name of an event's hook, for messages.
+pub(crate) fn hook_name(event: Event) -> &'static str {
+    match event {
+        Event::PrefillDone => "on_prefill_done",
+        Event::Grown => "on_grown",
+    }
+}
+
+/// An event from its number.
+///
+/// # Errors
+/// `Argument`.
+pub fn event_from_raw(event: i32) -> Result<Event, HostError> {
+    match event {
+        KVHOOK_EVENT_PREFILL_DONE => Ok(Event::PrefillDone),
+        KVHOOK_EVENT_GROWN => Ok(Event::Grown),
+        other => Err(HostError::Argument(format!("`event` is {other}; expected prefill done (1) or grown (2)"))),
+    }
+}

@@ -1,0 +1,122 @@
+//! What the host knows of one sequence.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kvhook_abi::raw::*;
+use parking_lot::Mutex;
+
+use crate::arm::{Arm, Generation};
+use crate::instance::Event;
+use crate::memory::SequenceMemory;
+use crate::positions::Positions;
+use crate::raw::KvhookReason;
+use crate::ticket::{Failed, Ticket};
+
+/// A live sequence of an arm.
+pub struct Sequence {
+    /// Never used again.
+    pub uid: u64,
+    /// Its arm.
+    pub arm: Arc<Arm>,
+    /// Tokens of the prompt.
+    pub prompt_length: u64,
+    /// Stretches of the prompt.
+    pub segments: Vec<KvhSegment>,
+    /// What changes. Held briefly: never while a plugin runs or rows move.
+    pub state: Mutex<State>,
+}
+
+/// What changes in a sequence's life.
+pub struct State {
+    /// False once it was freed. Whoever reaches the sequence later leaves it alone.
+    pub live: bool,
+    /// The instances that serve it.
+    pub generation: Arc<Generation>,
+    /// Commits so far.
+    pub epoch: u64,
+    /// Where the next `on_grown` is counted from.
+    pub mark: u64,
+    /// What the last question was answered with.
+    pub asked: Option<Asked>,
+    /// The open ticket.
+    pub ticket: Option<Ticket>,
+    /// The attempt that failed last, so that ranks which come to it later keep, too.
+    pub failed: Option<Failed>,
+    /// `before_attention` failed: what the plugin saw is not complete, so nothing is planned any more.
+    pub broken: Option<KvhookReason>,
+    /// One for each rank.
+    pub ranks: Vec<RankState>,
+}
+
+/// A bound, and what it was asked for.
+pub struct Asked {
+    /// The event.
+    pub event: Event,
+    /// Position of the next token.
+    pub next_position: u64,
+    /// Rows stored in each layer.
+    pub lengths: Vec<u64>,
+    /// The most that each layer keeps.
+    pub counts: Vec<u64>,
+}
+
+/// A sequence on one rank.
+pub struct RankState {
+    /// Positions of the rows, for each layer.
+    pub positions: Vec<Positions>,
+    /// What the plugin keeps for the sequence in the host's memory.
+    pub memory: SequenceMemory,
+    /// A hook was called: `on_free` will be.
+    pub touched: bool,
+    /// `before_attention` was called.
+    pub attended: bool,
+    /// Positions whose queries were seen, without a gap.
+    pub queries: Range<u64>,
+}
+
+impl RankState {
+    /// Nothing was called or seen yet.
+    pub fn new(positions: Vec<Positions>) -> Self {
+        Self { positions, memory: SequenceMemory::default(), touched: false, attended: false, queries: 0..0 }
+    }
+
+    /// How many of the prompt's last queries were seen.
+    pub fn queries_seen(&self, prompt_length: u64) -> u64 {
+        if self.queries.end >= prompt_length { prompt_length.saturating_sub(self.queries.start) } else { 0 }
+    }
+
+    /// Queries of `tokens` tokens from `first` on were seen.
+    pub fn saw_queries(&mut self, first: u64, tokens: u64) {
+        let end = first.saturating_add(tokens);
+        if self.queries.is_empty() || first > self.queries.end || first < self.queries.start {
+            self.queries = first..end;
+        } else {
+            self.queries.end = self.queries.end.max(end);
+        }
+    }
+}
+
+impl State {
+    /// A new sequence's state.
+    pub fn new(generation: Arc<Generation>, prompt_length: u64) -> Self {
+        let rank = || RankState::new(vec![Positions::default(); generation.planned.len()]);
+        Self {
+            live: true,
+            epoch: 0,
+            mark: prompt_length,
+            asked: None,
+            ticket: None,
+            failed: None,
+            broken: None,
+            ranks: generation.ranks.iter().map(|_| rank()).collect(),
+            generation,
+        }
+    }
+
+    /// Whether the instances hold something for the sequence that another instance would not have.
+    pub fn holds_state(&self) -> bool {
+        let keeps = self.generation.needs.must & KVH_CAN_STATE != 0;
+        self.ranks.iter().any(|rank| rank.attended || (rank.touched && keeps) || !rank.memory.is_empty())
+    }
+}

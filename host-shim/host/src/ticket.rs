@@ -1,0 +1,259 @@
+//! Tickets: plans that were made and checked, until they are carried out or dropped.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::error::HostError;
+use crate::host::Host;
+use crate::instance::Event;
+use crate::memory::Block;
+use crate::plan::Plan;
+use crate::raw::*;
+use crate::sequence::{Sequence, State};
+
+/// Dropped tickets of which the reason is remembered.
+const REMEMBERED: usize = 4096;
+
+/// A plan of every rank for one sequence.
+pub struct Ticket {
+    /// Its number, the same on every rank.
+    pub id: u64,
+    /// What it was made for.
+    pub event: Event,
+    /// Position of the next token when it was made.
+    pub planned_position: u64,
+    /// Rows of each layer that the plans are about.
+    pub lengths: Vec<u64>,
+    /// The most that each layer keeps, once the first rank knows it.
+    pub counts: Option<Vec<u64>>,
+    /// One for each rank.
+    pub ranks: Vec<RankTicket>,
+    /// Fresh rows will be given.
+    pub fresh: bool,
+    /// Nobody will edit a block table for it: rows move.
+    pub moves_rows: bool,
+    /// How the rows move, once every rank has a plan: `KVHOOK_MOVE_*`.
+    pub movement: Option<i32>,
+    /// Position of the next token at commit, once the first rank began.
+    pub commit_position: Option<u64>,
+}
+
+/// How far a rank is.
+pub enum RankTicket {
+    /// It has not prepared.
+    Waiting,
+    /// Its plugin is asked just now.
+    Preparing,
+    /// Its plan is checked.
+    Planned(Arc<Held>),
+    /// Its rows move just now.
+    Committing(Arc<Held>),
+    /// Its rows have moved. The plan is kept for the block tables' edit.
+    Committed(Arc<Held>),
+}
+
+impl RankTicket {
+    /// The rank's plan, if it has one.
+    pub fn held(&self) -> Option<&Arc<Held>> {
+        match self {
+            Self::Waiting | Self::Preparing => None,
+            Self::Planned(held) | Self::Committing(held) | Self::Committed(held) => Some(held),
+        }
+    }
+}
+
+/// A rank's plan with the memory that belongs to the ticket.
+pub struct Held {
+    /// The plan.
+    pub plan: Plan,
+    /// Where `shared_rows` and `published_rows` end: no row before is written in place.
+    pub protected: u64,
+    /// Ticket memory of the plugin's.
+    pub memory: Vec<Block>,
+}
+
+/// An attempt that failed, which other ranks may still come to.
+pub struct Failed {
+    /// What it was made for.
+    pub event: Event,
+    /// Position of the next token.
+    pub planned_position: u64,
+    /// Ranks that were told.
+    pub told: Vec<bool>,
+}
+
+/// State of a ticket, as the engine asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Some rank has not prepared yet.
+    Pending,
+    /// Every rank may commit.
+    Ready {
+        /// `KVHOOK_MOVE_*`.
+        movement: i32,
+        /// Position of the next token when it was made.
+        planned_position: u64,
+        /// Rows that each layer keeps; the most of any rank.
+        counts: Vec<u64>,
+    },
+    /// The sequence stays as it is.
+    Dropped(KvhookReason),
+}
+
+impl Ticket {
+    /// Whether a rank has begun to move rows: then every rank must.
+    pub fn is_committing(&self) -> bool {
+        self.commit_position.is_some()
+    }
+
+    /// Plans of all ranks, if all have one.
+    pub fn plans(&self) -> Option<Vec<&Held>> {
+        self.ranks.iter().map(|rank| rank.held().map(Arc::as_ref)).collect()
+    }
+
+    /// Chooses how the rows move, when every rank has a plan.
+    ///
+    /// # Errors
+    /// `KVH_REASON_NO_ROOM` where rows that others see would be written.
+    pub fn choose_movement(&mut self) -> Result<(), KvhookReason> {
+        let Some(plans) = self.plans() else { return Ok(()) };
+        let table = plans.first().and_then(|held| held.plan.table.as_ref());
+        let movement = if !self.moves_rows && table.is_some() && plans.iter().all(|held| held.plan.table.as_ref() == table) {
+            KVHOOK_MOVE_TABLE
+        } else if self.fresh {
+            KVHOOK_MOVE_FRESH
+        } else if plans.iter().all(|held| held.plan.first_written() >= held.protected) {
+            KVHOOK_MOVE_IN_PLACE
+        } else {
+            return Err(kvhook_abi::raw::KVH_REASON_NO_ROOM);
+        };
+        self.movement = Some(movement);
+        Ok(())
+    }
+}
+
+/// Every ticket of a host.
+#[derive(Default)]
+pub struct Tickets {
+    open: HashMap<u64, Arc<Sequence>>,
+    dropped: HashMap<u64, KvhookReason>,
+    order: VecDeque<u64>,
+}
+
+impl Tickets {
+    /// A ticket was made.
+    pub fn opened(&mut self, id: u64, sequence: Arc<Sequence>) {
+        self.open.insert(id, sequence);
+    }
+
+    /// A ticket was carried out.
+    pub fn committed(&mut self, id: u64) {
+        self.open.remove(&id);
+    }
+
+    /// A ticket was dropped. The reasons of the last few thousand are remembered.
+    pub fn dropped(&mut self, id: u64, reason: KvhookReason) {
+        self.open.remove(&id);
+        self.dropped.insert(id, reason);
+        self.order.push_back(id);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.dropped.remove(&oldest);
+        }
+    }
+
+    /// The sequence of an open ticket.
+    ///
+    /// # Errors
+    /// `Dropped`, `UnknownTicket`.
+    pub fn find(&self, id: u64) -> Result<Arc<Sequence>, HostError> {
+        match (self.open.get(&id), self.dropped.get(&id)) {
+            (Some(sequence), _) => Ok(sequence.clone()),
+            (None, Some(&reason)) => Err(HostError::Dropped { ticket: id, reason }),
+            (None, None) => Err(HostError::UnknownTicket(id)),
+        }
+    }
+}
+
+impl Host {
+    /// State of a ticket. Never waits for a plugin or for rows that move.
+    ///
+    /// # Errors
+    /// `UnknownTicket` for one that was never given or is committed.
+    pub fn verdict(&self, id: u64) -> Result<Verdict, HostError> {
+        let sequence = match self.tickets.lock().find(id) {
+            Ok(sequence) => sequence,
+            Err(HostError::Dropped { reason, .. }) => return Ok(Verdict::Dropped(reason)),
+            Err(error) => return Err(error),
+        };
+        let state = sequence.state.lock();
+        match &state.ticket {
+            Some(ticket) if ticket.id == id => Ok(verdict_of(ticket)),
+            // It was closed between the two locks.
+            _ => match self.tickets.lock().find(id) {
+                Err(HostError::Dropped { reason, .. }) => Ok(Verdict::Dropped(reason)),
+                _ => Err(HostError::UnknownTicket(id)),
+            },
+        }
+    }
+
+    /// Drops a ticket.
+    ///
+    /// # Errors
+    /// `UnknownTicket`, `Dropped`; `Argument` once a rank has begun to commit.
+    pub fn drop_ticket(&self, id: u64, reason: KvhookReason) -> Result<(), HostError> {
+        let sequence = self.tickets.lock().find(id)?;
+        let mut state = sequence.state.lock();
+        match &state.ticket {
+            Some(ticket) if ticket.id == id && ticket.is_committing() => Err(HostError::Argument(format!(
+                "`ticket` {id} is being committed; every rank must commit it now"
+            ))),
+            Some(ticket) if ticket.id == id => {
+                let ticket = self.close(&sequence, &mut state, reason);
+                drop(state);
+                drop(ticket);
+                Ok(())
+            }
+            _ => Err(HostError::UnknownTicket(id)),
+        }
+    }
+
+    /// Blocks that each layer's table keeps.
+    ///
+    /// # Errors
+    /// `UnknownTicket`, `Dropped`, `NotReady`; `Argument` when the ticket's rows move otherwise.
+    pub fn table_edit(&self, id: u64, give: impl FnOnce(&[Vec<u32>]) -> Result<(), HostError>) -> Result<(), HostError> {
+        let sequence = self.tickets.lock().find(id)?;
+        let state = sequence.state.lock();
+        let ticket = state.ticket.as_ref().filter(|ticket| ticket.id == id).ok_or(HostError::UnknownTicket(id))?;
+        let movement = ticket.movement.ok_or(HostError::NotReady(id))?;
+        let held = ticket.ranks.iter().find_map(RankTicket::held);
+        match held.and_then(|held| held.plan.table.as_ref()).filter(|_| movement == KVHOOK_MOVE_TABLE) {
+            Some(table) => give(table),
+            None => Err(HostError::Argument(format!("`ticket` {id} is no edit of a table: its movement is {movement}"))),
+        }
+    }
+
+    /// Takes the open ticket away from a sequence that stays as it is, and counts why. The ticket's memory goes back when
+    /// the caller drops it, without the lock.
+    pub(crate) fn close(&self, sequence: &Sequence, state: &mut State, reason: KvhookReason) -> Option<Ticket> {
+        let ticket = state.ticket.take()?;
+        self.tickets.lock().dropped(ticket.id, reason);
+        if reason != KVHOOK_REASON_OTHER_RANK {
+            sequence.arm.figures.fell_back(reason);
+        }
+        Some(ticket)
+    }
+}
+
+fn verdict_of(ticket: &Ticket) -> Verdict {
+    let Some(movement) = ticket.movement else { return Verdict::Pending };
+    let mut counts = vec![0; ticket.lengths.len()];
+    for held in ticket.ranks.iter().filter_map(RankTicket::held) {
+        for (count, of_rank) in counts.iter_mut().zip(held.plan.counts()) {
+            *count = of_rank.max(*count);
+        }
+    }
+    Verdict::Ready { movement, planned_position: ticket.planned_position, counts }
+}

@@ -1,0 +1,274 @@
+//! Bounds, plans by place, segments, layers, config: through the C tables.
+
+mod common;
+
+use common::*;
+use kvhook_abi::raw::*;
+
+const SHAPE: Shape = Shape { layers: 3, kv_heads: 2, q_heads: 4, dim: 8, first_kv_head: 0 };
+
+fn sequence(tokens: usize) -> Sequence {
+    let mut random = Random::new(tokens as u64);
+    let layer = |_| Layer::random(&mut random, SHAPE.kv_heads, tokens, SHAPE.dim, Dtype::F32, Placement::Paged);
+    Sequence::new(1, (0..SHAPE.layers).map(layer).collect())
+}
+
+fn rows(config: &str, tokens: usize) -> Vec<u32> {
+    let answer = Instance::new(config, SHAPE).plan_one(sequence(tokens));
+    let layers = answer.select();
+    let first = &layers[0].rows[0];
+    assert!(layers.iter().flat_map(|layer| &layer.rows).all(|rows| rows == first), "heads and layers agree");
+    first.clone()
+}
+
+#[test]
+fn streaming_is_sinks_and_recent_rows_as_ranges() {
+    for (tokens, keep) in [(100, 25), (101, 25), (37, 9)] {
+        let expected: Vec<u32> = (0..4).chain(tokens - keep + 4..tokens).collect();
+        assert_eq!(rows("keep=0.25", tokens as usize), expected);
+    }
+    let answer = Instance::new("budget=40", SHAPE).plan_one(sequence(100));
+    assert!(answer.select().iter().all(|layer| layer.as_ranges && layer.count == 40));
+    assert_eq!(rows("budget=3", 100), [0, 1, 2], "sinks go first");
+    assert_eq!(rows("budget=6", 100), [0, 1, 2, 3, 98, 99]);
+    assert_eq!(rows("keep=0.001", 100), [0], "never fewer than one");
+    assert_eq!(rows("budget=2,sinks=0", 100), [98, 99]);
+}
+
+#[test]
+fn an_empty_config_is_streaming_at_one_half() {
+    let expected: Vec<u32> = (0..4).chain(54..100).collect();
+    assert_eq!(rows("", 100), expected);
+}
+
+#[test]
+fn a_stride_is_even_and_shared_by_heads() {
+    let answer = Instance::new("history=stride,budget=46,recent=6", SHAPE).plan_one(sequence(118));
+    let layer = &answer.select()[0];
+    assert!(layer.shared && !layer.as_ranges);
+    // 108 rows of history, 36 places: the middle of every three.
+    let expected: Vec<u32> = (0..4).chain((0..36).map(|place| 4 + 3 * place + 1)).chain(112..118).collect();
+    assert_eq!(layer.rows, [expected.clone(), expected]);
+}
+
+#[test]
+fn every_history_meets_its_bound_at_every_length() {
+    // `plan` compares counts with the bound.
+    for history in ["history=none", "history=stride", "history=top", "history=sample,importance=uniform"] {
+        for amount in ["keep=0.3", "budget=50"] {
+            for segments in ["text", "image", "both"] {
+                let mut instance = Instance::new(&format!("{history},{amount},segments={segments}"), SHAPE);
+                for tokens in [1, 2, 5, 36, 51, 90] {
+                    let mut one = [sequence(tokens).image(10, 20).image(40, 5)];
+                    let bound = instance.bound(&one[0]);
+                    let answer = instance.plan(&mut one, false).remove(0);
+                    assert_eq!(matches!(bound, Bounded::Keep(_)), matches!(answer, Answer::Keep { .. }));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_to_drop_is_said_before_data_is_read() {
+    assert_eq!(Instance::new("budget=100", SHAPE).bound(&sequence(100)), Bounded::Keep(KVH_REASON_NO_GAIN));
+    assert_eq!(Instance::new("keep=1", SHAPE).bound(&sequence(100)), Bounded::Keep(KVH_REASON_NO_GAIN));
+    let mut instance = Instance::new("budget=10,min_tokens=101", SHAPE);
+    assert_eq!(instance.bound(&sequence(100)), Bounded::Keep(KVH_REASON_TOO_SHORT));
+    assert_eq!(instance.bound(&sequence(101)), Bounded::Rows(vec![10; 3]));
+    assert_eq!(instance.needs().min_tokens, 101);
+    let answer = instance.plan_one(sequence(100));
+    assert_eq!(answer, Answer::Keep { reason: KVH_REASON_TOO_SHORT, message: String::new() });
+}
+
+#[test]
+fn blocks_are_kept_whole_where_that_is_asked() {
+    // 4 sinks touch block 0; the last 26 of 100 rows begin in block 4.
+    let expected: Vec<u32> = (0..16).chain(64..100).collect();
+    assert_eq!(rows("budget=30,align=block", 100), expected);
+    let offer = Offer { can: CAN_ALL, block_size: 0 };
+    let refused = Instance::create("budget=30,align=block", SHAPE, offer).err().unwrap();
+    assert_eq!(refused.0, KVH_ERR_CONFIG);
+    assert!(refused.1.contains("contiguous"), "{}", refused.1);
+}
+
+/// What a host does: keeps the rows of a plan and their positions.
+fn commit(sequence: &Sequence, answer: &Answer, grown: usize) -> Sequence {
+    let mut random = Random::new(99);
+    let layers = sequence
+        .layers
+        .iter()
+        .zip(answer.select())
+        .map(|(layer, plan)| {
+            let mut positions = Vec::new();
+            let mut keys = Vec::new();
+            for (head, kept) in plan.rows.iter().enumerate() {
+                let position = |row: &u32| match layer.positions.get(head) {
+                    Some(positions) => *positions
+                        .get(*row as usize)
+                        .unwrap_or(&(*row + sequence.next_position as u32 - layer.tokens() as u32)),
+                    None => *row,
+                };
+                positions.push(kept.iter().map(position).collect::<Vec<u32>>());
+                let mut rows: Vec<Vec<f32>> = kept.iter().map(|row| layer.keys[head][*row as usize].clone()).collect();
+                rows.extend((0..grown).map(|_| (0..layer.dim).map(|_| random.float()).collect::<Vec<f32>>()));
+                keys.push(rows);
+            }
+            Layer::new(keys, Dtype::F32, Placement::HeadMajor).with_positions(positions)
+        })
+        .collect();
+    Sequence {
+        layers,
+        epoch: sequence.epoch + 1,
+        next_position: sequence.next_position + grown as u64,
+        segments: sequence.segments.clone(),
+        ..*sequence
+    }
+}
+
+#[test]
+fn images_stay_whole_through_many_compressions_of_text() {
+    for history in ["none", "stride", "top"] {
+        let mut instance =
+            Instance::new(&format!("budget=50,recent=8,segments=text,every=30,history={history}"), SHAPE);
+        let mut current = [sequence(120).image(20, 15)];
+        for round in 0..4 {
+            let answer = instance.plan(&mut current, round > 0).remove(0);
+            for (plan, layer) in answer.select().iter().zip(&current[0].layers) {
+                assert_eq!(plan.count, 50 + 15);
+                for (head, kept) in plan.rows.iter().enumerate() {
+                    let position = |row: u32| match layer.positions.get(head) {
+                        Some(positions) => positions.get(row as usize).copied(),
+                        None => Some(row),
+                    };
+                    let images = kept.iter().filter(|row| position(**row).is_some_and(|p| (20..35).contains(&p)));
+                    assert_eq!(images.count(), 15, "{history}, round {round}");
+                    assert_eq!(kept[..4], [0, 1, 2, 3]);
+                    assert_eq!(kept[57..], (layer.tokens() as u32 - 8..layer.tokens() as u32).collect::<Vec<_>>()[..]);
+                }
+            }
+            current = [commit(&current[0], &answer, 30)];
+        }
+    }
+}
+
+#[test]
+fn text_stays_whole_when_images_are_compressed() {
+    let mut instance = Instance::new("keep=0.5,segments=image,history=stride", SHAPE);
+    let answer = instance.plan_one(sequence(100).image(10, 40));
+    // The image's rows are far from sinks and recent ones: every second is kept.
+    let expected: Vec<u32> = (0..10).chain((0..20).map(|place| 10 + 2 * place + 1)).chain(50..100).collect();
+    assert_eq!(answer.select()[0].rows[0], expected);
+    let bound = instance.bound(&sequence(100));
+    assert_eq!(bound, Bounded::Keep(KVH_REASON_NO_GAIN), "no image, nothing to drop");
+}
+
+#[test]
+fn rows_that_another_dropped_are_noticed() {
+    let mut instance = Instance::new("budget=5,segments=text", SHAPE);
+    let mut lost = sequence(30).image(0, 20);
+    lost.next_position = 60;
+    // 30 rows are left of 60 tokens, and every second position: not all 20 of the image's.
+    for layer in &mut lost.layers {
+        let positions = vec![(0..30).map(|row| 2 * row).collect(); SHAPE.kv_heads];
+        *layer = Layer::new(layer.keys.clone(), Dtype::F32, Placement::HeadMajor).with_positions(positions);
+    }
+    let answer = instance.plan_one(lost);
+    let Answer::Keep { reason: KVH_REASON_OTHER, message } = answer else { panic!("{answer:?}") };
+    assert!(message.contains("segments=text"), "{message}");
+}
+
+#[test]
+fn a_fraction_does_not_shrink_with_every_compression() {
+    let mut instance = Instance::new("keep=0.25,every=40", SHAPE);
+    let mut current = sequence(200);
+    for round in 0..5u64 {
+        let mut one = [current];
+        let answer = instance.plan(&mut one, round > 0).remove(0);
+        assert_eq!(answer.select()[0].count as u64, (200 + 40 * round) / 4);
+        current = commit(&one[0], &answer, 40);
+    }
+}
+
+#[test]
+fn layers_may_have_fractions_of_their_own() {
+    let config = r#"{"keep": 0.5, "layers": {"0": 1.0, "2-": 0.25}}"#;
+    let mut instance = Instance::new(config, SHAPE);
+    assert_eq!(instance.needs().must, KVH_CAN_LAYER_COUNTS);
+    assert_eq!(instance.bound(&sequence(100)), Bounded::Rows(vec![100, 50, 25]));
+    let answer = instance.plan_one(sequence(100));
+    assert_eq!(answer.select()[0].rows[1], (0..100).collect::<Vec<_>>());
+    let offer = || Offer { can: CAN_ALL & !KVH_CAN_LAYER_COUNTS, block_size: 0 };
+    let (status, message) = Instance::create(config, SHAPE, offer()).err().unwrap();
+    assert_eq!(status, KVH_ERR_UNSUPPORTED);
+    assert!(message.contains("`layers`") && message.contains("layer_counts"), "{message}");
+    let same = r#"layers={"0-2": 0.25}"#;
+    let mut instance = Instance::create(same, SHAPE, offer()).ok().unwrap();
+    assert_eq!(instance.needs().must, 0, "one fraction for all needs nothing");
+    assert_eq!(instance.bound(&sequence(100)), Bounded::Rows(vec![25; 3]));
+}
+
+#[test]
+fn needs_follow_the_config() {
+    let needs = |config: &str| Instance::new(config, SHAPE).needs();
+    let nothing = Needs { must: 0, phases: 0, window_queries: 0, grown_every: 0, min_tokens: 0, layer_mask: u64::MAX };
+    assert_eq!(needs("history=top"), nothing);
+    assert_eq!(needs("every=64"), Needs { must: KVH_CAN_GROWN, grown_every: 64, ..nothing });
+    let attention = Needs {
+        must: KVH_CAN_QUERIES | KVH_CAN_STATE,
+        phases: KVH_PHASE_PREFILL,
+        window_queries: 64,
+        layer_mask: 0b111,
+        ..nothing
+    };
+    assert_eq!(needs("history=top,importance=attention"), attention);
+    let long = needs("history=sample,importance=attention,window=32,every=64");
+    assert_eq!(long.must, KVH_CAN_QUERIES | KVH_CAN_STATE | KVH_CAN_GROWN);
+    assert_eq!((long.phases, long.window_queries), (KVH_PHASE_PREFILL | KVH_PHASE_DECODE, 32));
+    let some = needs(r#"{"history": "top", "importance": "attention", "layers": {"1": 1.0}}"#);
+    assert_eq!(some.layer_mask, 0b101, "layers that are kept whole show no queries");
+}
+
+#[test]
+fn refused_memory_keeps_the_sequence() {
+    for config in ["", "history=stride", "history=top"] {
+        let mut instance = Instance::new(config, SHAPE);
+        instance.refuse_memory(true);
+        let answer = instance.plan_one(sequence(100));
+        let Answer::Keep { message, .. } = &answer else { panic!("{answer:?}") };
+        assert!(message.contains("memory"), "{message}");
+        instance.refuse_memory(false);
+        assert_eq!(instance.plan_one(sequence(100)).select().len(), 3, "the next call works");
+    }
+}
+
+#[test]
+fn configs_that_say_nothing_useful_are_refused_with_the_reason() {
+    for (config, parts) in [
+        ("keep=0", ["`keep`", "above 0"]),
+        ("keep=1.5", ["`keep`", "1.5"]),
+        ("keep=0.5,budget=10", ["`budget`", "keep=0.5"]),
+        ("budget=0", ["`budget`", "at least 1"]),
+        ("history=best", ["`history`", "none, stride, top, sample"]),
+        ("histroy=top", ["histroy", "did you mean `history`"]),
+        ("importance=key_norm", ["`importance`", "history=top"]),
+        ("history=top,importance=uniform", ["`importance`", "history=sample"]),
+        ("history=top,window=8", ["`window`", "importance=attention"]),
+        ("history=top,importance=key_norm,pool=3", ["`pool`", "importance=attention"]),
+        ("history=top,importance=attention,pool=4", ["`pool`", "odd"]),
+        ("history=top,seed=1", ["`seed`", "history=sample"]),
+        ("history=stride,align=block", ["`align`", "history=none"]),
+        ("segments=text,align=block", ["`align`", "segments=both"]),
+        (r#"layers={"0-3": 0.5}"#, ["`layers`", "3 layers"]),
+        (r#"layers={"0-1": 0.5, "1-": 0.25}"#, ["`layers`", "overlap"]),
+        (r#"layers={"0": 0}"#, ["`layers`", "above 0"]),
+        (r#"layers={"+1": 0.5}"#, ["`layers`", "ranges like"]),
+        (r#"layers={"2-1": 0.5}"#, ["`layers`", "ranges like"]),
+        ("segments=sound", ["`segments`", "text, image, both"]),
+    ] {
+        let offer = Offer { can: CAN_ALL, block_size: BLOCK as u32 };
+        let Err((status, message)) = Instance::create(config, SHAPE, offer) else { panic!("{config} is taken") };
+        assert_eq!(status, KVH_ERR_CONFIG, "{config}: {message}");
+        assert!(parts.iter().all(|part| message.contains(part)), "{config}: {message}");
+    }
+}

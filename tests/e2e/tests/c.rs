@@ -1,0 +1,224 @@
+//! A plugin in C and an engine in C++, built by the system's compilers with every warning an error.
+
+use std::ffi::c_void;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::ptr;
+
+use kvhook_abi::KVH_ON_PREFILL_DONE_1;
+use kvhook_abi::raw::*;
+use kvhook_e2e::plugins::{Place, built, bytes};
+use kvhook_host::HostError;
+// Builds `libkvhook_host.so`, to which the engine is linked, and the plugins that it loads.
+use {kvhook_noop as _, kvhook_truncate as _};
+
+const WARNINGS: [&str; 4] = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn run(command: &mut Command) -> Output {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?} ended with {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+/// Compiles a plugin of `tests/c` into a folder that plugins may come from.
+fn compile_plugin(place: &Place, source: &str, library: &str) -> PathBuf {
+    let target = place.plugins().join(library);
+    run(Command::new("cc")
+        .args(["-std=c11", "-O2", "-shared", "-fPIC", "-Wl,-z,nodelete"])
+        .args(WARNINGS)
+        .arg("-I")
+        .arg(root().join("hook-abi/include"))
+        .arg(root().join("tests/c").join(source))
+        .arg("-o")
+        .arg(&target));
+    target
+}
+
+#[test]
+fn a_plugin_in_c_loads() {
+    let place = Place::new();
+    let path = compile_plugin(&place, "plugin.c", "libkvhook_window-c.so");
+    let library = place.load(&fs::read(path).unwrap()).unwrap();
+    assert_eq!(library.id(), "window-c");
+}
+
+#[test]
+fn a_plugin_that_knows_more_than_a_draft_is_refused() {
+    let place = Place::new();
+    let path = compile_plugin(&place, "generation2.c", "libkvhook_generation2.so");
+    let error = place.load(&fs::read(path).unwrap()).err().unwrap();
+    assert!(matches!(error, HostError::Layout(_)), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("KvhLayer") && text.contains("generation 2") && text.contains("rebuild"), "{text}");
+}
+
+/// The second generations of `generation2.c`.
+#[repr(C)]
+struct Layer2 {
+    first: KvhLayer,
+    pinned_rows: u64,
+}
+
+#[repr(C)]
+struct LayerPlan2 {
+    first: KvhLayerPlan,
+    pinned_rows: u64,
+}
+
+/// Memory that is leaked: a test's.
+unsafe extern "C" fn allocate(
+    _host: *mut KvhHostState,
+    _call: *mut KvhCall,
+    request: *const KvhAllocation,
+    out: *mut *mut c_void,
+    _error: *mut KvhText,
+) -> KvhStatus {
+    // SAFETY: the plugin's request and place.
+    unsafe {
+        let words = (*request).bytes.div_ceil(8) as usize;
+        out.write(Box::leak(vec![0u64; words].into_boxed_slice()).as_mut_ptr().cast());
+    }
+    KVH_OK
+}
+
+static MEMORY: KvhMemory1 = KvhMemory1 { allocate: Some(allocate) };
+
+unsafe extern "C" fn service(_state: *mut KvhHostState, _id: KvhStr) -> *const c_void {
+    (&raw const MEMORY).cast()
+}
+
+fn layer(struct_size: usize, length: u64) -> KvhLayer {
+    // SAFETY: integers and pointers.
+    let zeroed: KvhLayer = unsafe { std::mem::zeroed() };
+    KvhLayer { struct_size, length, shared_with: -1, kv_heads: 1, ..zeroed }
+}
+
+fn layer_plan(struct_size: usize) -> KvhLayerPlan {
+    // SAFETY: integers and pointers.
+    let zeroed: KvhLayerPlan = unsafe { std::mem::zeroed() };
+    KvhLayerPlan { struct_size, ..zeroed }
+}
+
+/// A plan for two layers of 100 rows, whose views and plans are as large as a host of some generation makes them.
+/// Gives the ranges of each layer.
+fn ask<L, P>(entry: &KvhPluginEntry, layers: &[L; 2], plans: &mut [P; 2]) -> Vec<Vec<(u64, u64)>> {
+    let host = KvhHost {
+        struct_size: size_of::<KvhHost>(),
+        state: ptr::null_mut(),
+        abi_major: KVH_ABI_MAJOR,
+        abi_minor: KVH_ABI_MINOR,
+        name: KvhStr::new("test"),
+        service: Some(service),
+    };
+    let args = KvhCreateArgs {
+        struct_size: size_of::<KvhCreateArgs>(),
+        host: &host,
+        model: ptr::null(),
+        offers: ptr::null(),
+        config: KvhStr::new(""),
+    };
+    let mut instance = ptr::null_mut();
+    // SAFETY: this plugin reads the host alone.
+    let status = unsafe { entry.create.unwrap()(&args, &mut instance, ptr::null_mut()) };
+    assert_eq!(status, KVH_OK);
+
+    // SAFETY: integers and pointers.
+    let sequence = KvhSequence {
+        struct_size: size_of::<KvhSequence>(),
+        layers: KvhArray { data: layers.as_ptr().cast(), count: 2, stride: size_of::<L>() as u64 },
+        ..unsafe { std::mem::zeroed() }
+    };
+    let mut plan = KvhPlan {
+        struct_size: size_of::<KvhPlan>(),
+        kind: KVH_PLAN_KEEP,
+        reason: 0,
+        flags: 0,
+        reserved0: 0,
+        next_position: 0,
+        layers: KvhArrayMut { data: plans.as_mut_ptr().cast(), count: 2, stride: size_of::<P>() as u64 },
+        message: ptr::null_mut(),
+    };
+    let args = KvhPrepareArgs {
+        struct_size: size_of::<KvhPrepareArgs>(),
+        call: ptr::null_mut(),
+        sequences: KvhArray { data: (&raw const sequence).cast(), count: 1, stride: size_of::<KvhSequence>() as u64 },
+        stream: ptr::null_mut(),
+    };
+    let mut out = KvhPrepareOut {
+        struct_size: size_of::<KvhPrepareOut>(),
+        plans: KvhArrayMut { data: (&raw mut plan).cast(), count: 1, stride: size_of::<KvhPlan>() as u64 },
+    };
+    // SAFETY: the table that the id names; arguments that live here.
+    unsafe {
+        let table = entry.hook.unwrap()(KvhStr::new(KVH_ON_PREFILL_DONE_1)).cast::<KvhOnPrefillDone1>();
+        let status = (*table).on_prefill_done.unwrap()(instance, &args, &mut out, ptr::null_mut());
+        assert_eq!(status, KVH_OK);
+        entry.destroy.unwrap()(instance);
+    }
+    assert_eq!(plan.kind, KVH_PLAN_SELECT);
+    plans
+        .iter()
+        .map(|plan| {
+            // SAFETY: both generations begin with the first; the ranges are leaked memory.
+            unsafe {
+                let plan = &*ptr::from_ref(plan).cast::<KvhLayerPlan>();
+                let ranges = std::slice::from_raw_parts(plan.ranges, plan.range_count as usize);
+                assert_eq!(ranges.iter().map(|range| range.length).sum::<u64>(), u64::from(plan.count));
+                ranges.iter().map(|range| (range.start, range.length)).collect()
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn a_new_plugin_works_on_an_old_host_and_on_a_new_one() {
+    let place = Place::new();
+    let path = compile_plugin(&place, "generation2.c", "libkvhook_generation2.so");
+    // SAFETY: the library was compiled above and has no initialisers.
+    let library = unsafe { libloading::Library::new(path) }.unwrap();
+    // SAFETY: the symbol's type by contract; the entry is static and the library stays open.
+    let entry = unsafe { &*library.get::<KvhPluginEntryFn>(b"kvh_plugin_entry_v1").unwrap()() };
+
+    // An old host: first generations, packed closely. The field behind each is the next element's.
+    let layers = [layer(size_of::<KvhLayer>(), 100), layer(size_of::<KvhLayer>(), 60)];
+    let mut plans = [layer_plan(size_of::<KvhLayerPlan>()), layer_plan(size_of::<KvhLayerPlan>())];
+    let ranges = ask(entry, &layers, &mut plans);
+    assert_eq!(ranges, [[(0, 4), (92, 8)], [(0, 4), (52, 8)]]);
+    assert_eq!(plans[1].struct_size, size_of::<KvhLayerPlan>(), "nothing is written behind a plan that is smaller");
+
+    // An old host whose elements are far apart: what stands between them is not the plugin's either.
+    let layers = [100, 60].map(|length| Layer2 { first: layer(size_of::<KvhLayer>(), length), pinned_rows: 33 });
+    let plan = || LayerPlan2 { first: layer_plan(size_of::<KvhLayerPlan>()), pinned_rows: 77 };
+    let mut plans = [plan(), plan()];
+    assert_eq!(ask(entry, &layers, &mut plans), [[(0, 4), (92, 8)], [(0, 4), (52, 8)]]);
+    assert!(plans.iter().all(|plan| plan.pinned_rows == 77));
+
+    // A host of the plugin's own generation.
+    let layers = [100, 60].map(|length| Layer2 { first: layer(size_of::<Layer2>(), length), pinned_rows: 33 });
+    let plan = || LayerPlan2 { first: layer_plan(size_of::<LayerPlan2>()), pinned_rows: 0 };
+    let mut plans = [plan(), plan()];
+    assert_eq!(ask(entry, &layers, &mut plans), [[(0, 33), (92, 8)], [(0, 33), (52, 8)]]);
+    assert!(plans.iter().all(|plan| plan.pinned_rows == 33));
+
+    // A host that is newer still: its elements are larger than the plugin knows.
+    #[repr(C)]
+    struct Newer<T>(T, [u64; 3]);
+    let size = size_of::<Newer<Layer2>>();
+    let layers = [100, 60].map(|length| Newer(Layer2 { first: layer(size, length), pinned_rows: 12 }, [9; 3]));
+    let size = size_of::<Newer<LayerPlan2>>();
+    let plan = || Newer(LayerPlan2 { first: layer_plan(size), pinned_rows: 0 }, [9; 3]);
+    let mut plans = [plan(), plan()];
+    assert_eq!(ask(entry, &layers, &mut plans), [[(0, 12), (92, 8)], [(0, 12), (52, 8)]]);
+    assert!(plans.iter().all(|plan| plan.0.pinned_rows == 12 && plan.1 == [9; 3]));
+}
