@@ -851,6 +851,7 @@ typedef const struct KvhPluginEntry *(*KvhPluginEntryFn)(void);
 // A device call failed.
 #define KVH_ERR_DEVICE 8
 
+
 /// The one symbol that a plugin exports.
 #define KVH_ENTRY_SYMBOL "kvh_plugin_entry_v1"
 

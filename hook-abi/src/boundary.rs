@@ -51,9 +51,15 @@ fn bad_argument(text: String) -> PluginError {
 ///
 /// # Safety
 /// A pointer that is neither null nor misaligned is valid for reading `struct_size` bytes.
+#[inline]
 pub unsafe fn read<T: Growing>(pointer: *const T, argument: &str) -> Result<T, PluginError> {
     // SAFETY: passed on from the caller.
     let known = unsafe { known_size(pointer, argument)? };
+    if known == size_of::<T>() {
+        // The usual case, a copy of a fixed size.
+        // SAFETY: not null, aligned, and at least as large as ours.
+        return Ok(unsafe { pointer.read() });
+    }
     let mut value = MaybeUninit::<T>::zeroed();
     // SAFETY: `known` is at most the struct's own size on both sides; the two do not overlap.
     unsafe { ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), known) };
@@ -88,23 +94,31 @@ pub unsafe fn write<T: Growing>(pointer: *mut T, value: &T, argument: &str) -> R
 ///
 /// # Safety
 /// As [`read`].
+#[inline]
 unsafe fn known_size<T: Growing>(pointer: *const T, argument: &str) -> Result<usize, PluginError> {
-    if pointer.is_null() {
-        return Err(bad_argument(format!("`{argument}` is null; expected a {}", T::NAME)));
-    }
-    if !pointer.is_aligned() {
-        return Err(bad_argument(format!("`{argument}` is not aligned as a {}", T::NAME)));
+    if pointer.is_null() || !pointer.is_aligned() {
+        return Err(bad_pointer::<T>(pointer, argument));
     }
     // SAFETY: not null, aligned, and the caller promises that it can be read.
     let theirs = unsafe { pointer.cast::<usize>().read() };
     if theirs < T::FIRST_SIZE {
-        return Err(bad_argument(format!(
-            "`{argument}.struct_size` is {theirs}; a {} has at least {} bytes",
-            T::NAME,
-            T::FIRST_SIZE
-        )));
+        return Err(too_small::<T>(theirs, argument));
     }
     Ok(theirs.min(size_of::<T>()))
+}
+
+#[cold]
+fn bad_pointer<T: Growing>(pointer: *const T, argument: &str) -> PluginError {
+    bad_argument(if pointer.is_null() {
+        format!("`{argument}` is null; expected a {}", T::NAME)
+    } else {
+        format!("`{argument}` is not aligned as a {}", T::NAME)
+    })
+}
+
+#[cold]
+fn too_small<T: Growing>(size: usize, argument: &str) -> PluginError {
+    bad_argument(format!("`{argument}.struct_size` is {size}; a {} has at least {} bytes", T::NAME, T::FIRST_SIZE))
 }
 
 /// Elements of an array of structs, read through [`read`].
@@ -133,6 +147,7 @@ impl<'a, T: Growing> Structs<'a, T> {
     ///
     /// # Safety
     /// The array is valid for reading during `'a`.
+    #[inline]
     pub unsafe fn new(array: KvhArray, name: &'static str) -> Result<Self, PluginError> {
         let (count, stride) = check_array::<T>(array.data.cast(), array.count, array.stride, T::FIRST_SIZE, name)?;
         Ok(Self { data: array.data.cast(), count, stride, name, marker: PhantomData })
@@ -205,6 +220,7 @@ impl<'a, T: Copy + 'a> Values<'a, T> {
     ///
     /// # Safety
     /// The array is valid for reading during `'a`, and every bit pattern is a `T`.
+    #[inline]
     pub unsafe fn new(array: KvhArray, name: &'static str) -> Result<Self, PluginError> {
         let (count, stride) = check_array::<T>(array.data.cast(), array.count, array.stride, size_of::<T>(), name)?;
         Ok(Self { data: array.data.cast(), count, stride, marker: PhantomData })
@@ -234,6 +250,7 @@ impl<'a, T: Copy + 'a> Values<'a, T> {
 }
 
 /// Checks pointer, alignment and stride of an array; gives count and stride.
+#[inline]
 pub(crate) fn check_array<T>(
     data: *const u8,
     count: u64,
@@ -244,20 +261,25 @@ pub(crate) fn check_array<T>(
     if count == 0 {
         return Ok((0, 0));
     }
-    if data.is_null() {
-        return Err(bad_argument(format!("`{name}` is null though it has {count} elements")));
+    let bytes = count.checked_mul(stride).is_some_and(|bytes| bytes <= isize::MAX as u64);
+    let aligned = stride.is_multiple_of(align_of::<T>() as u64) && data.cast::<T>().is_aligned();
+    if data.is_null() || !bytes || !aligned || stride < least as u64 {
+        return Err(bad_array::<T>(data, count, stride, least, name));
     }
-    let too_large = || bad_argument(format!("`{name}` has {count} elements of {stride} bytes: too large"));
-    let count = usize::try_from(count).map_err(|_| too_large())?;
-    let stride = usize::try_from(stride).map_err(|_| too_large())?;
-    count.checked_mul(stride).filter(|bytes| isize::try_from(*bytes).is_ok()).ok_or_else(too_large)?;
-    if stride < least {
-        return Err(bad_argument(format!("`{name}` has a stride of {stride} bytes; an element has at least {least}")));
-    }
-    if !stride.is_multiple_of(align_of::<T>()) || !data.cast::<T>().is_aligned() {
-        return Err(bad_argument(format!("`{name}` (stride {stride}) is not aligned to {} bytes", align_of::<T>())));
-    }
-    Ok((count, stride))
+    Ok((count as usize, stride as usize))
+}
+
+#[cold]
+fn bad_array<T>(data: *const u8, count: u64, stride: u64, least: usize, name: &str) -> PluginError {
+    bad_argument(if data.is_null() {
+        format!("`{name}` is null though it has {count} elements")
+    } else if stride < least as u64 {
+        format!("`{name}` has a stride of {stride} bytes; an element has at least {least}")
+    } else if count.checked_mul(stride).is_none_or(|bytes| bytes > isize::MAX as u64) {
+        format!("`{name}` has {count} elements of {stride} bytes: too large")
+    } else {
+        format!("`{name}` (stride {stride}) is not aligned to {} bytes", align_of::<T>())
+    })
 }
 
 /// An output array's head, checked.

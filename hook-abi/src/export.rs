@@ -107,6 +107,8 @@ macro_rules! export_plugin {
                 ::core::hint::black_box(&METADATA);
                 ENTRY.get()
             }
+
+            $crate::export_deep_layout!();
         };
     };
 }

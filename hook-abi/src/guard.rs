@@ -1,8 +1,10 @@
 //! The wall between a plugin's code and the boundary: panics, poison, serial calls.
 
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU8, Ordering};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, OnceLock, PoisonError, TryLockError};
+use std::sync::OnceLock;
 
 use crate::boundary::write_text;
 use crate::call::Host;
@@ -10,30 +12,54 @@ use crate::error::PluginError;
 use crate::log;
 use crate::raw::*;
 
+/// No call is running.
+const IDLE: u8 = 0;
+/// A call is running: the plugin is that call's alone.
+const BUSY: u8 = 1;
+/// A call panicked: the plugin is never called again.
+const POISONED: u8 = 2;
+
 /// What a [`KvhInstance`] of a Rust plugin points to.
 pub(crate) struct Instance<P> {
     /// The host, for services and logs.
     pub(crate) host: Host,
     /// Whether the cache lies in ordinary memory.
     pub(crate) on_cpu: bool,
-    plugin: Mutex<P>,
+    /// `IDLE`, `BUSY` or `POISONED`. One atomic exchange for each call, where a lock would take two.
+    state: AtomicU8,
+    plugin: UnsafeCell<P>,
     /// The message of the panic that poisoned the instance.
     panic: OnceLock<String>,
 }
 
+// SAFETY: `plugin` is reached only by the call that turned `state` from `IDLE` to `BUSY`, one at a time, and a `Plugin`
+// is `Send`.
+unsafe impl<P: Send> Sync for Instance<P> {}
+
 impl<P> Instance<P> {
     pub(crate) fn new(host: Host, on_cpu: bool, plugin: P) -> Self {
-        Self { host, on_cpu, plugin: Mutex::new(plugin), panic: OnceLock::new() }
+        let plugin = UnsafeCell::new(plugin);
+        Self { host, on_cpu, state: AtomicU8::new(IDLE), plugin, panic: OnceLock::new() }
     }
 
     /// Ends the plugin, in the guard; gives back the host. A panic is logged by the panic hook.
     pub(crate) fn end(self) -> Host {
         let Self { host, plugin, .. } = self;
-        let plugin = plugin.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let _current = log::enter(&host);
-        drop_guarded(plugin);
-        drop(_current);
+        let current = log::enter(&host);
+        drop_guarded(plugin.into_inner());
+        drop(current);
         host
+    }
+
+    /// Why the instance cannot be called now.
+    #[cold]
+    fn refusal(&self, state: u8) -> (KvhStatus, String) {
+        if state == BUSY {
+            let text = "another call on this instance is running: calls on one instance are serial";
+            return (KVH_ERR_INVALID_ARGUMENT, text.to_owned());
+        }
+        let panic = self.panic.get().map_or("", String::as_str);
+        (KVH_ERR_POISONED, format!("the instance is poisoned: {panic}"))
     }
 }
 
@@ -64,40 +90,33 @@ pub(crate) unsafe fn on_instance<P>(
     error: *mut KvhText,
     body: impl FnOnce(&mut P, &Instance<P>) -> Result<(), PluginError>,
 ) -> KvhStatus {
-    let refuse = |status, text: &str| {
-        // SAFETY: passed on from the caller.
-        unsafe { write_text(error, text) };
-        status
-    };
     // SAFETY: null or an instance, by the caller's promise; only shared references are made of it.
     let Some(instance) = (unsafe { instance.cast::<Instance<P>>().cast_const().as_ref() }) else {
-        return refuse(KVH_ERR_INVALID_ARGUMENT, "`instance` is null");
+        // SAFETY: passed on from the caller.
+        unsafe { write_text(error, "`instance` is null") };
+        return KVH_ERR_INVALID_ARGUMENT;
     };
-    if let Some(panic) = instance.panic.get() {
-        return refuse(KVH_ERR_POISONED, &format!("the instance is poisoned: {panic}"));
+    if let Err(state) = instance.state.compare_exchange(IDLE, BUSY, Ordering::Acquire, Ordering::Acquire) {
+        let (status, text) = instance.refusal(state);
+        // SAFETY: passed on from the caller.
+        unsafe { write_text(error, &text) };
+        return status;
     }
-    let mut plugin = match instance.plugin.try_lock() {
-        Ok(plugin) => plugin,
-        Err(TryLockError::Poisoned(_)) => return refuse(KVH_ERR_POISONED, "the instance is poisoned"),
-        Err(TryLockError::WouldBlock) => {
-            return refuse(
-                KVH_ERR_INVALID_ARGUMENT,
-                "another call on this instance is running: calls on one instance are serial",
-            );
-        }
-    };
     let _current = log::enter(&instance.host);
+    // SAFETY: this call turned the state from idle to busy, so no other reaches the plugin.
+    let plugin = unsafe { &mut *instance.plugin.get() };
     // SAFETY: passed on from the caller.
-    match unsafe { guarded(error, || body(&mut plugin, instance)) } {
-        Ok(()) => KVH_OK,
-        Err((status, message)) => {
-            if status == KVH_ERR_PANIC {
-                // Set once: a poisoned instance runs no more code that could panic.
-                let _ = instance.panic.set(message);
-            }
-            status
+    let (status, state) = match unsafe { guarded(error, || body(plugin, instance)) } {
+        Ok(()) => (KVH_OK, IDLE),
+        Err((KVH_ERR_PANIC, message)) => {
+            // Set once: a poisoned instance runs no more code that could panic.
+            let _ = instance.panic.set(message);
+            (KVH_ERR_PANIC, POISONED)
         }
-    }
+        Err((status, _)) => (status, IDLE),
+    };
+    instance.state.store(state, Ordering::Release);
+    status
 }
 
 /// Text of a panic; the payload is dropped in a guard of its own, since its destructor may panic too.

@@ -6,6 +6,7 @@
 pub mod boundary;
 pub mod call;
 pub mod config;
+pub mod deep;
 pub mod error;
 pub mod export;
 mod guard;

@@ -46,6 +46,7 @@ pub const KVH_ERR_DEVICE: KvhStatus = 8;
 
 /// Borrowed UTF-8 text, not terminated. `data` may be null when `length` is 0.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhStr {
     /// First byte.
@@ -57,6 +58,7 @@ pub struct KvhStr {
 /// A buffer for text that the caller owns and the callee fills: an error, a reason. The callee writes at
 /// most `capacity` bytes of whole UTF-8 characters, no terminator, and sets `length`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhText {
     /// `sizeof(KvhText)` as the caller knows it.
     pub struct_size: usize,
@@ -70,6 +72,7 @@ pub struct KvhText {
 
 /// Elements that the reader may only read. Element `i` stands at `data + i * stride` bytes.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhArray {
     /// First element; may be null when `count` is 0.
@@ -82,6 +85,7 @@ pub struct KvhArray {
 
 /// Elements that the callee fills. As [`KvhArray`].
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhArrayMut {
     /// First element; may be null when `count` is 0.
@@ -99,6 +103,7 @@ pub const KVH_DEVICE_CUDA: i32 = 2;
 
 /// A device, as DLPack's `DLDevice`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhDevice {
     /// `KVH_DEVICE_*`.
@@ -118,6 +123,7 @@ pub const KVH_DTYPE_BFLOAT: u8 = 4;
 
 /// An element type, as DLPack's `DLDataType`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvhDtype {
     /// `KVH_DTYPE_*`.
@@ -130,6 +136,7 @@ pub struct KvhDtype {
 
 /// A tensor with the layout of DLPack's `DLTensor`. Strides count elements and are never null.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhTensor {
     /// Start of the allocation.
     pub data: *mut c_void,
@@ -154,6 +161,7 @@ pub struct KvhTensor {
 /// with `block` and `block_size` from the [`KvhLayer`]; a contiguous cache has `block_size` 0 and
 /// `row(t, h) = base + t * stride_token + h * stride_head`. All strides are bytes.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhRows {
     /// Start; null when the layer has no such rows.
@@ -174,6 +182,7 @@ pub struct KvhRows {
 
 /// A block table. Frozen. Entry `i` for head `h` stands at element `h * stride_head + i`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhBlockTable {
     /// Entries in device memory. Null: contiguous, or blocks numbered 0, 1, 2, ...
@@ -189,6 +198,7 @@ pub struct KvhBlockTable {
 /// Positions of the rows of one layer. Frozen. Row `t` of head `h`, for `t < count`, stands for position
 /// `data[h * stride_head + t]`; a later row `t` for `next_position - (length - t)`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhPositions {
     /// Device memory; null when `count` is 0: nothing was ever dropped.
@@ -215,6 +225,7 @@ pub const KVH_LAYER_FLAG_V_INSIDE_K: u32 = 1;
 
 /// One layer of one sequence, on one rank.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhLayer {
     /// `sizeof(KvhLayer)` as the host knows it.
     pub struct_size: usize,
@@ -253,6 +264,7 @@ pub const KVH_SEGMENT_IMAGE: u32 = 1;
 
 /// A stretch of the prompt. Frozen. Segments are ascending and do not overlap; what none covers is text.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhSegment {
     /// `KVH_SEGMENT_*`.
@@ -267,6 +279,7 @@ pub struct KvhSegment {
 
 /// A range of rows. Frozen.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhRange {
     /// First row.
@@ -277,6 +290,7 @@ pub struct KvhRange {
 
 /// One sequence, on one rank.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhSequence {
     /// `sizeof(KvhSequence)` as the host knows it.
     pub struct_size: usize,
@@ -311,6 +325,7 @@ pub const KVH_ROPE_NONE: i32 = 2;
 
 /// What stays the same for one layer of a model, on one rank.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhLayerInfo {
     /// `sizeof(KvhLayerInfo)` as the host knows it.
     pub struct_size: usize,
@@ -334,6 +349,7 @@ pub struct KvhLayerInfo {
 
 /// The model as one rank sees it.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhModel {
     /// `sizeof(KvhModel)` as the host knows it.
     pub struct_size: usize,
@@ -386,6 +402,7 @@ pub const KVH_CAN_GROWN: u64 = 1 << 7;
 
 /// What the engine offers to an instance.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhOffers {
     /// `sizeof(KvhOffers)` as the host knows it.
     pub struct_size: usize,
@@ -405,6 +422,7 @@ pub const KVH_PHASE_DECODE: u32 = 2;
 /// What an instance needs, with its config and this model. The host fills `struct_size`, zeroes the rest
 /// and lends `layer_mask`; the plugin fills what it needs. A need that is not offered is an error at load.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhNeeds {
     /// `sizeof(KvhNeeds)` as the host knows it.
     pub struct_size: usize,
@@ -453,6 +471,7 @@ pub const KVH_PLAN_FLAG_MOVED_POSITIONS: u32 = 1;
 /// and `indices` for a select, `positions` for a rewrite. Pointers must stay valid until the ticket is
 /// committed or dropped: use ticket memory. Arrays are device memory except `ranges`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhLayerPlan {
     /// `sizeof(KvhLayerPlan)` as the host knows it.
     pub struct_size: usize,
@@ -475,6 +494,7 @@ pub struct KvhLayerPlan {
 /// A plan for one sequence. The host fills `struct_size`, `layers` and `message` and zeroes the rest, which
 /// is a keep.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhPlan {
     /// `sizeof(KvhPlan)` as the host knows it.
     pub struct_size: usize,
@@ -495,22 +515,26 @@ pub struct KvhPlan {
 }
 
 /// One call of a hook: the handle for memory and lent rows. Valid during the call only.
+#[cfg_attr(feature = "abi-stable", repr(C), derive(abi_stable::StableAbi))]
 pub struct KvhCall {
     _private: (),
 }
 
 /// The plugin's own state of one instance.
+#[cfg_attr(feature = "abi-stable", repr(C), derive(abi_stable::StableAbi))]
 pub struct KvhInstance {
     _private: (),
 }
 
 /// The host's own state behind its services.
+#[cfg_attr(feature = "abi-stable", repr(C), derive(abi_stable::StableAbi))]
 pub struct KvhHostState {
     _private: (),
 }
 
 /// Arguments of `bound`: all that a bound may depend on, besides config and model.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhBoundArgs {
     /// `sizeof(KvhBoundArgs)` as the host knows it.
     pub struct_size: usize,
@@ -530,6 +554,7 @@ pub struct KvhBoundArgs {
 
 /// Answer of `bound`. `counts` is lent with each layer's length in it.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhBoundOut {
     /// `sizeof(KvhBoundOut)` as the host knows it.
     pub struct_size: usize,
@@ -543,6 +568,7 @@ pub struct KvhBoundOut {
 
 /// Arguments of `on_prefill_done` and `on_grown`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhPrepareArgs {
     /// `sizeof(KvhPrepareArgs)` as the host knows it.
     pub struct_size: usize,
@@ -556,6 +582,7 @@ pub struct KvhPrepareArgs {
 
 /// Answer of `on_prefill_done` and `on_grown`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhPrepareOut {
     /// `sizeof(KvhPrepareOut)` as the host knows it.
     pub struct_size: usize,
@@ -568,6 +595,7 @@ pub const KVH_STEP_PROMPT_ENDS: u32 = 1;
 
 /// One sequence's part of a step.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhStepSequence {
     /// `sizeof(KvhStepSequence)` as the host knows it.
     pub struct_size: usize,
@@ -591,6 +619,7 @@ pub struct KvhStepSequence {
 
 /// Arguments of `before_attention`. It looks and writes nothing of the engine's.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhBeforeAttentionArgs {
     /// `sizeof(KvhBeforeAttentionArgs)` as the host knows it.
     pub struct_size: usize,
@@ -623,6 +652,7 @@ pub const KVH_FREE_RESET: i32 = 3;
 
 /// Arguments of `on_free`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhOnFreeArgs {
     /// `sizeof(KvhOnFreeArgs)` as the host knows it.
     pub struct_size: usize,
@@ -638,6 +668,7 @@ pub struct KvhOnFreeArgs {
 
 /// Hook point `kvh.on_prefill_done/1`: once for each sequence, when its prompt's KV is complete.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhOnPrefillDone1 {
     /// The most that a plan keeps for each layer; every rank must give the same answer.
     /// Thread: any. Serial for each instance. Pointers are valid during the call.
@@ -666,6 +697,7 @@ pub struct KvhOnPrefillDone1 {
 
 /// Hook point `kvh.on_grown/1`: each time a sequence has grown by `grown_every` tokens.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhOnGrown1 {
     /// As `bound` of [`KvhOnPrefillDone1`].
     pub bound: Option<
@@ -689,6 +721,7 @@ pub struct KvhOnGrown1 {
 
 /// Hook point `kvh.before_attention/1`: once for each layer and step, before the layer's K and V are written.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhBeforeAttention1 {
     /// Looks at queries, keys and values.
     /// Thread: the rank's. Serial for each instance. Pointers are valid during the call.
@@ -704,6 +737,7 @@ pub struct KvhBeforeAttention1 {
 
 /// Hook point `kvh.on_free/1`: when a sequence's KV goes away.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhOnFree1 {
     /// Drops what the plugin kept. Called exactly once for each sequence that any hook was called for.
     /// Thread: any. Serial for each instance. Pointers are valid during the call.
@@ -726,6 +760,7 @@ pub const KVH_LOG_TRACE: i32 = 5;
 
 /// One log message.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhLogRecord {
     /// `sizeof(KvhLogRecord)` as the writer knows it.
     pub struct_size: usize,
@@ -743,6 +778,7 @@ pub struct KvhLogRecord {
 
 /// Service `kvh.log/1`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhLog1 {
     /// The lowest importance that is wanted: `KVH_LOG_*`, 0 for nothing. Thread: any, concurrently.
     pub max_level: Option<unsafe extern "C" fn(host: *mut KvhHostState) -> i32>,
@@ -759,6 +795,7 @@ pub const KVH_MEMORY_SEQUENCE: u32 = 2;
 
 /// A request for memory on the instance's device.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhAllocation {
     /// `sizeof(KvhAllocation)` as the plugin knows it.
     pub struct_size: usize,
@@ -776,6 +813,7 @@ pub struct KvhAllocation {
 
 /// Service `kvh.memory/1`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhMemory1 {
     /// Lends memory; the host frees it, in the stream's order, at the end of its kind's life.
     /// Thread: the one that called the hook, during the call.
@@ -793,6 +831,7 @@ pub struct KvhMemory1 {
 
 /// Service `kvh.rows/1`: rows for a rewrite.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhRows1 {
     /// Lends, for each layer of a sequence, as many rows as the bound says. The plugin gives an array of
     /// `KvhLayer` elements with `struct_size` filled; the host fills the rest (`length`: rows lent).
@@ -812,6 +851,7 @@ pub struct KvhRows1 {
 
 /// The host, as a plugin sees it. Valid as long as the instance.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhHost {
     /// `sizeof(KvhHost)` as the host knows it.
     pub struct_size: usize,
@@ -830,6 +870,7 @@ pub struct KvhHost {
 
 /// Arguments of `create`.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhCreateArgs {
     /// `sizeof(KvhCreateArgs)` as the host knows it.
     pub struct_size: usize,
@@ -845,6 +886,7 @@ pub struct KvhCreateArgs {
 
 /// The layout of one generation of one struct, as its author compiled it. Frozen.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 #[derive(Clone, Copy)]
 pub struct KvhFingerprint {
     /// Name of the struct.
@@ -859,6 +901,7 @@ pub struct KvhFingerprint {
 
 /// A plugin. Static, frozen; reading it runs no code of the plugin's.
 #[repr(C)]
+#[cfg_attr(feature = "abi-stable", derive(abi_stable::StableAbi))]
 pub struct KvhPluginEntry {
     /// `sizeof(KvhPluginEntry)`.
     pub struct_size: usize,

@@ -22,6 +22,7 @@ pub struct StepView<'a> {
 impl<'a> StepView<'a> {
     /// # Safety
     /// The arguments' pointers are what the contract says, during `'a`.
+    #[inline]
     pub(crate) unsafe fn new(raw: &KvhBeforeAttentionArgs, on_cpu: bool) -> Result<Self, PluginError> {
         // SAFETY: passed on from the caller.
         let sequences = unsafe { Structs::new(raw.sequences, "args.sequences")? };

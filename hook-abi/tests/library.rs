@@ -34,8 +34,10 @@ fn metadata_survives_strip() {
     let keys = metadata.config_schema["properties"].as_object().unwrap();
     assert!(keys.contains_key("budget") && keys.contains_key("key_weight"), "{keys:?}");
     let exported: Vec<_> = file.dynamic_symbols().filter(|symbol| symbol.is_definition()).collect();
-    assert_eq!(exported.len(), 1);
-    assert_eq!(exported[0].name(), Ok(kvhook_abi::KVH_ENTRY_SYMBOL));
+    let names: Vec<_> = exported.iter().map(|symbol| symbol.name().unwrap()).collect();
+    let deep = cfg!(feature = "abi-stable").then_some(kvhook_abi::KVH_RUST_LAYOUT_SYMBOL);
+    assert_eq!(names.len(), 1 + usize::from(deep.is_some()), "{names:?}");
+    assert!(names.contains(&kvhook_abi::KVH_ENTRY_SYMBOL) && deep.is_none_or(|deep| names.contains(&deep)));
 }
 
 #[test]
@@ -43,4 +45,15 @@ fn the_example_is_at_most_40_lines() {
     let source = include_str!("../examples/value_norm.rs");
     let lines = source.lines().filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with("//"));
     assert!(lines.count() <= 40);
+}
+
+#[cfg(feature = "abi-stable")]
+#[test]
+fn the_deep_check_passes_on_a_library_of_this_build() {
+    // SAFETY: our own example; loading it runs no code of ours, and it is never unloaded.
+    let library = core::mem::ManuallyDrop::new(unsafe { libloading::Library::new(example()) }.unwrap());
+    // SAFETY: only the symbol's address is used.
+    let symbol = unsafe { library.get::<*const core::ffi::c_void>(kvhook_abi::KVH_RUST_LAYOUT_SYMBOL) }.unwrap();
+    // SAFETY: the address of that symbol, in a library that stays.
+    assert_eq!(unsafe { kvhook_abi::deep::deep_check(symbol.try_as_raw_ptr().unwrap()) }, Ok(()));
 }

@@ -71,13 +71,13 @@ fn main() {
     let mut kept = vec![0u32; LENGTH / 4];
     let draw = Draw { seed: 1, round: 0, layer: 0, head: 0 };
     let lists = scores.len() / LENGTH;
-    let choose = |choose: &dyn Fn(&[f32], &mut [u32]) -> Result<(), KernelError>, kept: &mut [u32]| {
+    let each_list = |choose: &Choice<'_>, kept: &mut [u32]| {
         scores.chunks(LENGTH).for_each(|scores| choose(scores, kept).expect("sound arguments"));
     };
     let mut twin = vec![0u32; LENGTH / 4];
     let (largest, drawn) = take_turns(
-        || choose(&|scores, kept| top_k(scores, PROTECTED, kept), &mut kept),
-        || choose(&|scores, kept| sample(scores, PROTECTED, draw, kept), &mut twin),
+        || each_list(&|scores, kept| top_k(scores, PROTECTED, kept), &mut kept),
+        || each_list(&|scores, kept| sample(scores, PROTECTED, draw, kept), &mut twin),
     );
     for (name, time) in [("top_k", largest), ("sample", drawn)] {
         let nanoseconds = time.as_secs_f64() * 1e9 / (lists * LENGTH) as f64;
@@ -87,6 +87,9 @@ fn main() {
 
 /// Scores of one head of one layer.
 type Operation<'a> = dyn Fn(&Rows, usize, &mut [f32]) -> Result<(), KernelError> + Sync + 'a;
+
+/// Chooses tokens of one head.
+type Choice<'a> = dyn Fn(&[f32], &mut [u32]) -> Result<(), KernelError> + 'a;
 
 fn line(name: &str, layers: usize, bytes: usize, time: Duration, plain: Duration, operations: usize) {
     println!(

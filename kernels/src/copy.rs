@@ -209,10 +209,14 @@ impl Mover {
     unsafe fn copy_row(self, source: *const u8, destination: *mut u8, bytes: usize) {
         // SAFETY: the caller's promise; `stream` is set for aligned rows only.
         unsafe {
-            if self.stream {
-                copy_row::<true>(source, destination, bytes);
-            } else {
-                copy_row::<false>(source, destination, bytes);
+            // A size that the compiler knows unrolls the loop.
+            match (self.stream, bytes) {
+                (true, 128) => copy_row::<true>(source, destination, 128),
+                (true, 256) => copy_row::<true>(source, destination, 256),
+                (true, _) => copy_row::<true>(source, destination, bytes),
+                (false, 128) => copy_row::<false>(source, destination, 128),
+                (false, 256) => copy_row::<false>(source, destination, 256),
+                (false, _) => copy_row::<false>(source, destination, bytes),
             }
         }
     }

@@ -1,4 +1,5 @@
 //! Tasks on threads.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::HashSet;
 use std::sync::{Barrier, Mutex};

@@ -1,4 +1,5 @@
 //! Views: the row formula, conversion, refusals.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

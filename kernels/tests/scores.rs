@@ -1,4 +1,5 @@
 //! Scores, compared with their formulas in f64 and with closed forms.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Moves, compared byte for byte with a model of the whole memory, guards included.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -153,25 +154,25 @@ fn shape(token_major: bool, block_size: usize, capacity: usize) -> Shape {
 #[test]
 fn large_moves() {
     for (token_major, block_size) in [(false, 0), (true, 0), (false, 16), (true, 16), (false, 128), (true, 24)] {
-        for (seed, shared) in [(2, true), (2, false), (3, false)] {
-            let shape = Shape { seed, ..shape(token_major, block_size, 5500) };
+        for shared in [true, false] {
+            let shape = Shape { seed: 2, dtype: Dtype::F32, ..shape(token_major, block_size, 2750) };
             let mut random = Random(11);
             let mut cache = Cache::new(shape.clone());
             let before = cache.bytes.clone();
-            let mut data = random.subset(3000, 2200);
-            data.extend(3500..5500);
+            let mut data = random.subset(1500, 1100);
+            data.extend(1750..2750);
             if !shared {
-                data.extend(random.subset(5500, 4200));
+                data.extend(random.subset(2750, 2100));
             }
-            let indices = indices(&data, 4200, shared);
+            let indices = indices(&data, 2100, shared);
             let mut expected = copy(&cache);
             expect_gather(&cache, &mut expected, 0..2, &indices, 0);
             let rows = cache.rows();
             gather(&rows, &rows, 0..2, &indices, 0).unwrap();
-            move_rows(&rows, 1000, &rows, 1100, 4200, 0..2).unwrap();
-            let tail: Vec<u32> = (1000..5200).collect();
+            move_rows(&rows, 500, &rows, 550, 2100, 0..2).unwrap();
+            let tail: Vec<u32> = (500..2600).collect();
             let moved = copy(&expected);
-            expect_gather(&moved, &mut expected, 0..2, &Indices::shared(&tail), 1100);
+            expect_gather(&moved, &mut expected, 0..2, &Indices::shared(&tail), 550);
             assert_same(&cache, &expected, &before);
         }
     }

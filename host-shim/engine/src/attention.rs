@@ -58,7 +58,7 @@ pub fn attend(
             }
         }
     }
-    let results: Vec<Vec<f32>> = tiles.par_iter().map(|tile| dispatch(tile)).collect();
+    let results: Vec<Vec<f32>> = tiles.par_iter().map(dispatch).collect();
     let mut out = vec![0.0; q.len()];
     for (tile, result) in tiles.iter().zip(results) {
         let width = tile.heads.len() * head_dim;
@@ -231,7 +231,7 @@ mod tests {
                     }
                 }
                 let sequence = BatchSequence {
-                    id: SequenceId::new(1),
+                    id: SequenceId::unused(),
                     first_row: 0,
                     rows,
                     first_position: 0,

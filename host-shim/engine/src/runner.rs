@@ -56,7 +56,6 @@ pub struct Runner {
     /// `None`: contiguous.
     pool: Option<BlockPool>,
     sequences: HashMap<SequenceId, SequenceCache>,
-    last_id: u64,
 }
 
 impl Runner {
@@ -88,7 +87,7 @@ impl Runner {
             }
         };
         let ranks = Ranks::start(&model.config, &config)?;
-        Ok(Self { model, config, ranks, pool, sequences: HashMap::new(), last_id: 0 })
+        Ok(Self { model, config, ranks, pool, sequences: HashMap::new() })
     }
 
     /// The model.
@@ -141,6 +140,11 @@ impl Runner {
         self.pool.as_ref().map(BlockPool::usable_blocks)
     }
 
+    /// Rows of a block, where sequences share prefixes by blocks; `None` where they do not.
+    pub fn shared_block_size(&self) -> Option<usize> {
+        self.pool.as_ref().filter(|_| self.config.prefix_sharing).map(BlockPool::block_size)
+    }
+
     /// Whether a new sequence of `rows` rows would fit now.
     pub fn fits(&self, rows: usize) -> bool {
         self.pool.as_ref().is_none_or(|pool| rows.div_ceil(pool.block_size()) <= pool.usable_blocks())
@@ -151,8 +155,7 @@ impl Runner {
     /// At most `prefix_limit` rows are taken over, and never the whole prompt: at least its last token must be run, to
     /// give logits. The rows taken over are [`SequenceCache::shared`].
     pub fn begin(&mut self, prompt: &[u32], prefix_limit: usize) -> SequenceId {
-        self.last_id += 1;
-        let id = SequenceId::new(self.last_id);
+        let id = SequenceId::unused();
         let mut sequence = SequenceCache::new(self.model.config.layers, prompt);
         if let Some(pool) = &mut self.pool {
             pool.share_prefix(&mut sequence, prefix_limit.min(prompt.len().saturating_sub(1)));

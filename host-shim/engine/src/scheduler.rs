@@ -68,7 +68,7 @@ impl Scheduler {
         let mut budget = self.chunk;
         let ids: Vec<RequestId> = self.requests.keys().copied().collect();
         for id in ids {
-            if budget == 0 || !self.admit(id, runner) {
+            if budget == 0 || self.waits_for_prefix(id, &planned, runner) || !self.admit(id, runner) {
                 break;
             }
             let Some(running) = self.requests.get(&id) else { continue };
@@ -89,6 +89,18 @@ impl Scheduler {
             planned.push(Planned { request: id, sequence, from, to, phase: Phase::Prefill, samples: to == end });
         }
         Ok(planned)
+    }
+
+    /// Whether this step computes blocks that a waiting request could take over in the next one.
+    fn waits_for_prefix(&self, id: RequestId, planned: &[Planned], runner: &Runner) -> bool {
+        let Some(block_size) = runner.shared_block_size() else { return false };
+        let Some(waiting) = self.requests.get(&id).filter(|running| running.sequence.is_none()) else { return false };
+        let prompt = &waiting.request.tokens;
+        let most = waiting.request.prefix_limit.unwrap_or(prompt.len()).min(prompt.len() - 1);
+        planned.iter().filter_map(|part| Some((part, self.requests.get(&part.request)?))).any(|(part, other)| {
+            let common = prompt[..most].iter().zip(&other.request.tokens).take_while(|(a, b)| a == b).count();
+            common / block_size * block_size > part.from
+        })
     }
 
     /// Gives a waiting request a sequence, if it may begin now. False: it and all younger ones must wait.

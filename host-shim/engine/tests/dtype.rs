@@ -1,5 +1,7 @@
 //! Caches of 16 bits against the f32 cache.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{CONTIGUOUS, novel, paged, runner};

@@ -1,5 +1,7 @@
 //! Same in, same out: logits are the same bits whatever the cache, the ranks, the chunks and the batch.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{CONTIGUOUS, bits, novel, paged, runner};

@@ -1,5 +1,7 @@
 //! Model files that cannot be used, each with an error that says why; and one small one that can.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::fs::{self, File};

@@ -1,5 +1,7 @@
 //! The engine against an independent implementation on the same weights (`tests/goldens/logits.py`).
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{CONTIGUOUS, model, runner, shared_file};

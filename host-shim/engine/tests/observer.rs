@@ -1,5 +1,7 @@
 //! What an observer on a rank's thread sees of each step.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::sync::mpsc::{Sender, channel};

@@ -1,5 +1,7 @@
 //! Requests: prefix sharing, preemption, cancelling. Answers are those of a request served alone.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::collections::HashMap;
@@ -84,7 +86,7 @@ fn shared_blocks_are_counted_and_change_no_bit() {
 fn requests_over_one_prompt_share_it_and_answer_alike() {
     let expected = alone(request(0, 100, 12));
     for prefix_sharing in [true, false] {
-        let mut engine = engine(CacheConfig { prefix_sharing, ..paged(16, 64) }, 64);
+        let mut engine = engine(CacheConfig { prefix_sharing, ..paged(16, 64) }, 80);
         let ids: Vec<_> = (0..4).map(|_| engine.add(request(0, 100, 12)).unwrap()).collect();
         let mut fewest = 64;
         let mut answers: HashMap<RequestId, Vec<u32>> = HashMap::new();

@@ -89,6 +89,8 @@ impl Callbacks {
     }
 
     /// Memory of a rank's device, or none when it is refused.
+    // The stream is not looked into: it goes to the engine that gave it.
+    #[allow(clippy::not_unsafe_ptr_arg_deref)]
     pub fn allocate(&self, rank: u32, bytes: u64, alignment: u64, stream: *mut c_void) -> Option<NonNull<u8>> {
         match self.0.allocate {
             // SAFETY: the engine promises that its callbacks are callable with its context.

@@ -143,7 +143,7 @@ impl LayerPlan {
                 _ => 0,
             },
             Kept::Rows(rows) => {
-                let heads = if rows.stride_head == 0 { 1 } else { rows.data.as_slice().len() / rows.stride_head };
+                let heads = rows.data.as_slice().len() / rows.count;
                 let untouched = |head| rows.of(head).iter().zip(0..).take_while(|&(&row, place)| row == place).count();
                 (0..heads).map(untouched).min().unwrap_or(0) as u64
             }

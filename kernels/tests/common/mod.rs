@@ -146,7 +146,8 @@ impl Cache {
         let size = row as usize * heads_here * tokens_here * if shape.block_size == 0 { 1 } else { pool };
         let bytes: Vec<u8> = (0..size + 2 * GUARD + 64).map(|_| random.next() as u8).collect();
         // Some caches are aligned to cache lines, others to nothing.
-        let start = if shape.seed % 2 == 0 { GUARD + bytes[GUARD..].as_ptr().align_offset(64) } else { GUARD + 1 };
+        let start =
+            if shape.seed.is_multiple_of(2) { GUARD + bytes[GUARD..].as_ptr().align_offset(64) } else { GUARD + 1 };
         let mut cache = Self { shape, bytes, start, layout, table, table_bytes };
         for head in 0..cache.shape.kv_heads {
             for token in 0..cache.shape.capacity {

@@ -51,7 +51,7 @@ impl Kinds {
             if kind == wanted {
                 add(start, end);
             }
-            covered = end.max(covered);
+            covered = end;
         }
         if wanted == SegmentKind::Text {
             add(covered, position);

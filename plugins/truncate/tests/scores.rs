@@ -170,34 +170,50 @@ fn a_long_answer_is_ranked_by_its_own_last_queries() {
 
 #[test]
 fn rows_that_were_dropped_near_the_end_shorten_the_window() {
-    // A budget below the window: of the last 16 positions only 10 still have their rows.
-    let mut instance =
-        Instance::new("history=top,importance=attention,window=16,pool=1,budget=12,recent=2,every=10", SHAPE);
+    // A budget of the window's size: of the last 16 positions only 10 still have their rows.
+    let config = "history=top,importance=attention,window=16,pool=1,budget=16,recent=2,every=10";
+    let mut instance = Instance::new(config, SHAPE);
     let shown = queries(78, 60, Dtype::F32);
     for layer in 0..SHAPE.layers {
         instance.see(layer, KVH_PHASE_PREFILL, &[(1, 50, 0, shown[..50].to_vec())], Dtype::F32);
         for position in 50..60 {
-            instance.see(
-                layer,
-                KVH_PHASE_DECODE,
-                &[(1, 50, position as u64, shown[position..=position].to_vec())],
-                Dtype::F32,
-            );
+            let decoded = (1, 50, position as u64, shown[position..=position].to_vec());
+            instance.see(layer, KVH_PHASE_DECODE, &[decoded], Dtype::F32);
         }
     }
-    let positions: Vec<u32> = (0..12).map(|row| 4 * row).chain(50..60).collect();
+    let positions: Vec<u32> = (0..16).map(|row| 3 * row).chain(50..60).collect();
     let mut random = Random::new(6);
     let layers = (0..SHAPE.layers)
         .map(|_| {
-            Layer::random(&mut random, SHAPE.kv_heads, 22, SHAPE.dim, Dtype::F32, Placement::HeadMajor)
+            Layer::random(&mut random, SHAPE.kv_heads, 26, SHAPE.dim, Dtype::F32, Placement::HeadMajor)
                 .with_positions(vec![positions.clone(); SHAPE.kv_heads])
         })
         .collect();
     let mut one = [Sequence { uid: 1, epoch: 1, next_position: 60, prompt_length: 50, segments: Vec::new(), layers }];
     let answer = instance.plan(&mut one, true).remove(0);
-    // 4 sinks, then 8 of the 10 rows of the window: the budget has no room for more.
-    let expected: Vec<u32> = (0..4).chain(14..22).collect();
-    assert!(answer.select().iter().flat_map(|layer| &layer.rows).all(|rows| *rows == expected), "{answer:?}");
+    for (plan, layer) in answer.select().iter().zip(&one[0].layers) {
+        for (head, kept) in plan.rows.iter().enumerate() {
+            // 4 sinks, the window's 10 rows, and the best two of the 12 between.
+            let scores = reference::attention(layer, head, &shown[50..].to_vec(), 1);
+            reference::check_top(&scores, kept, 4, 10, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn a_gap_in_what_was_seen_counts_as_missing() {
+    let mut instance = Instance::new("history=top,importance=attention,window=16,keep=0.5", SHAPE);
+    let shown = queries(3, 80, Dtype::F32);
+    for layer in 0..SHAPE.layers {
+        instance.see(layer, KVH_PHASE_PREFILL, &[(1, 80, 0, shown[..70].to_vec())], Dtype::F32);
+        instance.see(layer, KVH_PHASE_PREFILL, &[(1, 80, 72, shown[72..].to_vec())], Dtype::F32);
+    }
+    let Answer::Keep { reason, message } = instance.plan_one(sequence(1, 4, 80, Dtype::F32, Placement::HeadMajor))
+    else {
+        panic!("two queries are missing")
+    };
+    assert_eq!(reason, KVH_REASON_QUERIES_MISSING);
+    assert_eq!(message, "layer 0: 8 of the last 16 queries were seen");
 }
 
 #[test]

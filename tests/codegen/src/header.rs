@@ -32,7 +32,16 @@ pub const HEADERS: &[Header] = &[
     },
     Header {
         config: "host-shim/host/cbindgen.toml",
-        sources: &["host-shim/host/src/raw.rs", "host-shim/host/src/capi.rs"],
+        sources: &[
+            "host-shim/host/src/raw.rs",
+            "host-shim/host/src/c_api/create.rs",
+            "host-shim/host/src/c_api/arms.rs",
+            "host-shim/host/src/c_api/sequences.rs",
+            "host-shim/host/src/c_api/compress.rs",
+            "host-shim/host/src/c_api/attention.rs",
+            "host-shim/host/src/c_api/figures.rs",
+            "host-shim/host/src/c_api/names.rs",
+        ],
         output: "host-shim/host/include/kvhook_host.h",
         guard: "KVHOOK_HOST_H",
         behind: String::new,
@@ -73,7 +82,7 @@ impl Header {
              #ifdef __cplusplus\nextern \"C\" {{\n#endif\n\n\
              {}\n{behind}\
              #ifdef __cplusplus\n}}\n#endif\n\n#endif\n",
-            without_links(types.trim())
+            without_safety(&without_links(types.trim()))
         ))
     }
 }
@@ -109,9 +118,33 @@ fn without_links(text: &str) -> String {
     out
 }
 
+/// Without Rust's `# Safety` sections, which say to Rust callers that the header holds.
+fn without_safety(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for line in text.lines() {
+        inside = line.starts_with("///") && (inside || line.trim_end() == "/// # Safety");
+        if inside {
+            continue;
+        }
+        if !line.starts_with("///") && out.ends_with("///\n") {
+            out.truncate(out.len() - "///\n".len());
+        }
+        out.push_str(line);
+        out.push('\n');
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
-    use super::without_links;
+    use super::{without_links, without_safety};
+
+    #[test]
+    fn safety_sections_go() {
+        let text = "/// A.\n///\n/// # Safety\n/// B.\nint f(void);\n/// C.\nint g(void);";
+        assert_eq!(without_safety(text), "/// A.\nint f(void);\n/// C.\nint g(void);\n");
+    }
 
     #[test]
     fn links_become_names() {

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 
 use half::slice::HalfFloatSliceExt;
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 /// Type of the stored keys and values.
@@ -43,8 +44,9 @@ impl KvBuffer {
     pub fn new(dtype: KvDtype, len: usize) -> Self {
         match dtype {
             KvDtype::F32 => Self::F32(vec![0.0; len]),
-            KvDtype::F16 => Self::F16(vec![f16::ZERO; len]),
-            KvDtype::Bf16 => Self::Bf16(vec![bf16::ZERO; len]),
+            // Zeros as integers come from the system as they are used; zeros as halves would be written at once.
+            KvDtype::F16 => Self::F16(vec![0u16; len].reinterpret_into()),
+            KvDtype::Bf16 => Self::Bf16(vec![0u16; len].reinterpret_into()),
         }
     }
 

@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn grows_and_shrinks_with_its_rows() {
-        let id = SequenceId::new(7);
+        let id = SequenceId::unused();
         let mut cache = ContiguousCache::new(KvDtype::F32, 2, 2, 8);
         fill(&mut cache, id, 0, 100);
         check(&mut cache, id, 100);

@@ -1,15 +1,17 @@
 //! What a sequence holds, apart from the bytes.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A sequence's id, never used again.
+/// A sequence's id, never used again in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(u64);
 
 impl SequenceId {
-    /// The id with this number.
-    pub fn new(number: u64) -> Self {
-        Self(number)
+    /// An id that no sequence of this process has had.
+    pub(crate) fn unused() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
     /// The number, for the host's `uid`.

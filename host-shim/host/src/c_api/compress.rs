@@ -73,7 +73,8 @@ fn ask_of<'a>(ask: &KvhookAsk, lengths: &'a [u64]) -> Result<Ask<'a>, HostError>
 unsafe fn write_answer(out: *mut KvhookAnswer, head: KvhookAnswer, answer: &Answer) -> Result<(), HostError> {
     let answer = KvhookAnswer { decision: answer.decision, reason: answer.reason, ..head };
     // SAFETY: passed on from the caller.
-    Ok(unsafe { boundary::write(out, &answer, "out")? })
+    unsafe { boundary::write(out, &answer, "out")? };
+    Ok(())
 }
 
 /// Prepares sequences on one rank: each plugin instance is called once for all its sequences of one event, its plans are
@@ -203,7 +204,8 @@ pub unsafe extern "C" fn kvhook_verdict(
                     numbers.write(&counts);
                 }
             }
-            Ok(boundary::write(out, &answer, "out")?)
+            boundary::write(out, &answer, "out")?;
+            Ok(())
         }
     };
     // SAFETY: as above.

@@ -14,7 +14,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use kvhook_abi::boundary::{self, Sized1};
+use kvhook_abi::boundary::{self, Growing};
 use kvhook_abi::raw::*;
 
 use crate::error::HostError;
@@ -37,18 +37,18 @@ pub use figures::*;
 pub use names::*;
 pub use sequences::*;
 
-macro_rules! sized {
+macro_rules! growing {
     ($($name:ident)+) => {$(
         // SAFETY: `struct_size` comes first; every field is an integer, a float, a raw pointer, an optional function or
         // a struct of these, laid out without padding.
-        unsafe impl Sized1 for $name {
+        unsafe impl Growing for $name {
             const NAME: &'static str = stringify!($name);
             const FIRST_SIZE: usize = size_of::<$name>();
         }
     )+};
 }
 
-sized! {
+growing! {
     KvhookCallbacks KvhookHostConfig KvhookArm KvhookBegin KvhookSequence KvhookAsk KvhookAnswer
     KvhookPrepareSequence KvhookVerdict KvhookCommit KvhookTableEdit KvhookStep KvhookFigures
 }
@@ -117,7 +117,7 @@ impl Numbers {
 ///
 /// # Errors
 /// `Argument` for null, misaligned or too short elements.
-fn slots<T: Sized1>(array: KvhArrayMut, name: &str) -> Result<Vec<*mut T>, HostError> {
+fn slots<T: Growing>(array: KvhArrayMut, name: &str) -> Result<Vec<*mut T>, HostError> {
     let (count, stride) = (array.count as usize, array.stride as usize);
     let (data, align) = (array.data.cast::<u8>(), align_of::<T>());
     let bad = data.is_null() || !data.cast::<T>().is_aligned() || !stride.is_multiple_of(align) || stride < T::FIRST_SIZE;

@@ -56,7 +56,8 @@ unsafe fn write_began(out: *mut KvhookSequence, began: &Began) -> Result<(), Hos
         grown_every: began.grown_every,
     };
     // SAFETY: passed on from the caller.
-    Ok(unsafe { boundary::write(out, &sequence, "out")? })
+    unsafe { boundary::write(out, &sequence, "out")? };
+    Ok(())
 }
 
 /// Begins a sequence with the rows of a live one: same arm, same positions, its own uid. An open ticket of the live one
