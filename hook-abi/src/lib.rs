@@ -1,7 +1,21 @@
 //! The contract between an LLM engine's host and its KV cache plugins, and the safe side for a plugin's author.
 //!
-//! [`raw`] is the contract itself, from which `include/kvhook.h` is generated. An author implements
-//! [`Plugin`] and writes one line, [`export_plugin!`].
+//! [`raw`] is the contract itself, from which `include/kvhook.h` is generated. The other modules are for authors in
+//! Rust: implement [`Plugin`], or [`Scorer`] where the method is "give each entry a score, keep the best", and write
+//! one line, [`export_plugin!`] or [`export_scorer!`].
+//!
+//! An instance's life, for one model and one rank: `create`, `needs`, then for each sequence `before_attention` (if
+//! needed), `bound` and `on_prefill_done`, later `on_grown`, at its end `on_free`; at last it is dropped. Calls on one
+//! instance are serial. A panic becomes a status and the instance is never called again.
+//!
+//! A complete plugin (`examples/value_norm.rs`):
+//!
+//! ```ignore
+#![doc = include_str!("../examples/value_norm.rs")]
+//! ```
+//!
+//! with `crate-type = ["cdylib"]` and a `build.rs` that prints `cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete`, since
+//! a plugin is never unloaded.
 
 pub mod boundary;
 pub mod call;

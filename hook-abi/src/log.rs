@@ -45,7 +45,6 @@ impl Drop for Current {
 pub(crate) fn connect(host: &Host) {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(install);
-    #[cfg(feature = "tracing")]
     bridge::raise(host.max_log_level());
 }
 
@@ -60,12 +59,14 @@ pub(crate) fn remove(host: &Host) {
 }
 
 fn install() {
-    #[cfg(feature = "tracing")]
     bridge::install();
     let previous = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        // Outside hooks the panic is not ours to explain.
-        if CURRENT.get().is_null() { previous(info) } else { log_panic(info) }
+        log_panic(info);
+        // On a thread that no hook is running on, somebody else may want to explain it too.
+        if CURRENT.get().is_null() {
+            previous(info);
+        }
     }));
 }
 
@@ -91,6 +92,12 @@ pub fn write(level: i32, target: &str, message: &str, file: &str, line: u32) {
         // SAFETY: listed hosts live: `remove` waits for this lock.
         send(unsafe { &**host });
     }
+}
+
+#[cfg(not(feature = "tracing"))]
+mod bridge {
+    pub(super) fn install() {}
+    pub(super) fn raise(_level: i32) {}
 }
 
 #[cfg(feature = "tracing")]

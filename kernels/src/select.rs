@@ -21,7 +21,7 @@ const TILE: usize = 128;
 /// a cache takes about as long as reading all of it, while the stores, around the caches from a mebibyte on, take little
 /// (benchmark `select`). Tried on a Zen 4: a call of memmove for each row (slowest for rows of some hundred bytes), plain
 /// stores (each loads its line first), prefetch into other levels, 4 to 64 rows ahead (the same from 8 on), in shuffled
-/// order to keep the prefetch out (slower), several heads in turn (slower), huge pages (no change).
+/// order to keep the prefetch out (slower), several heads in turn (no gain seen), huge pages (no change).
 ///
 /// # Errors
 /// Everything is checked before the first row moves: dtypes, head dimensions, heads, each index against the source,

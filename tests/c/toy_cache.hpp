@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "kvhook.h"
+#include "kvhook.hpp"
 #include "toy_model.hpp"
 
 namespace toy {
@@ -54,32 +54,16 @@ public:
     // Describes a layer by the row formula. Valid until the layer changes.
     KvhLayer view(std::size_t index) {
         Layer &layer = layers_[index];
-        const std::int64_t size = sizeof(float);
-        KvhRows rows{};
-        rows.stride_block = paged_ ? static_cast<std::int64_t>(BLOCK * ROW) * size : 0;
-        rows.stride_token = static_cast<std::int64_t>(paged_ ? ROW : DIM) * size;
-        rows.stride_head = static_cast<std::int64_t>(paged_ ? DIM : layer.capacity * DIM) * size;
-        rows.stride_element = size;
-        rows.head_dim = DIM;
-        rows.dtype = {KVH_DTYPE_FLOAT, 32, 1};
-        KvhLayer view{};
-        view.struct_size = sizeof view;
-        view.layer = static_cast<std::uint32_t>(index);
-        view.kind = KVH_LAYER_FULL;
-        view.shared_with = -1;
-        view.kv_heads = KV_HEADS;
-        view.block_size = paged_ ? BLOCK : 0;
-        view.length = layer.length;
-        view.k = rows;
-        view.k.base = layer.rows.data();
-        view.v = rows;
-        view.v.base = layer.rows.data() + layer.rows.size() / 2;
+        float *k = layer.rows.data(), *v = k + layer.rows.size() / 2;
+        const auto number = static_cast<std::uint32_t>(index);
         if (paged_) {
-            view.table.data = layer.table.data();
-            view.table.count = static_cast<std::uint32_t>(layer.table.size());
-            view.table.dtype = {KVH_DTYPE_INT, 32, 1};
+            return kvhook::paged_layer(number, KV_HEADS, layer.length,
+                                       kvhook::paged_token_major(k, kvhook::f32, BLOCK, KV_HEADS, DIM),
+                                       kvhook::paged_token_major(v, kvhook::f32, BLOCK, KV_HEADS, DIM), BLOCK, layer.table);
         }
-        return view;
+        return kvhook::contiguous_layer(number, KV_HEADS, layer.length,
+                                        kvhook::head_major(k, kvhook::f32, layer.capacity, DIM),
+                                        kvhook::head_major(v, kvhook::f32, layer.capacity, DIM));
     }
 
     std::vector<KvhLayer> views() {

@@ -93,15 +93,15 @@ pub enum LayoutMismatch {
         /// What to do.
         advice: String,
     },
-    /// The plugin lists later generations only.
-    #[error("the plugin knows {name} from generation {oldest} on, the host up to {newest}; {advice}")]
+    /// The plugin lists none of the generations that the host can work with.
+    #[error("the plugin lists generations {listed} of {name}, the host needs one of {needed}; {advice}")]
     NoCommon {
         /// The struct.
         name: String,
-        /// Oldest generation of the plugin.
-        oldest: u32,
-        /// Newest generation of the host.
-        newest: u32,
+        /// Generations of the plugin.
+        listed: String,
+        /// Generations of which the host needs one: all that it knows, or only the newest where that is a draft.
+        needed: String,
         /// What to do.
         advice: String,
     },
@@ -159,9 +159,9 @@ pub fn check(
         let (known, rest) = rows.split_at(end);
         rows = rest;
         let listed: Vec<_> = fingerprints.iter().filter(|listed| listed.name == *name).collect();
-        let Some(oldest) = listed.iter().map(|listed| listed.generation).min() else {
+        if listed.is_empty() {
             return Err(LayoutMismatch::Missing { name: name.clone(), advice: advice() });
-        };
+        }
         let mut common = 0;
         for (row, _) in known {
             for found in listed.iter().filter(|listed| listed.generation == row.generation) {
@@ -179,7 +179,14 @@ pub fn check(
         let newest = known.iter().map(|(row, _)| row.generation).max().unwrap_or(0);
         let draft = known.iter().any(|(row, status)| row.generation == newest && *status == Status::Draft);
         if common == 0 || (draft && common != newest) {
-            return Err(LayoutMismatch::NoCommon { name: name.clone(), oldest, newest, advice: advice() });
+            let generations = |list: Vec<u32>| list.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+            let oldest = if draft { newest } else { 1 };
+            return Err(LayoutMismatch::NoCommon {
+                name: name.clone(),
+                listed: generations(listed.iter().map(|listed| listed.generation).collect()),
+                needed: generations((oldest..=newest).collect()),
+                advice: advice(),
+            });
         }
         if let Some(newer) = listed.iter().find(|listed| draft && listed.generation > newest) {
             return Err(LayoutMismatch::NewerThanDraft {

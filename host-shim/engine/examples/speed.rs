@@ -23,7 +23,7 @@ fn main() -> Result<()> {
         let (id, _) = runner.prefill(&prompt, 512)?;
         let prefill = start.elapsed().as_secs_f64();
         let start = Instant::now();
-        let answer = 64;
+        let answer = prompt.len().min(64);
         runner.score(id, &prompt[..answer], Scoring::OneByOne)?;
         let decode = start.elapsed().as_secs_f64() / answer as f64;
         println!(

@@ -3,7 +3,7 @@
 //! Each query row sees the keys of its own sequence in order, and nothing in its arithmetic depends on the rows beside
 //! it, the cache's kind or the number of threads:
 //!
-//! * a score is a dot product with the order of [`crate::simd::dot`], times `1 / sqrt(head_dim)`;
+//! * a score is a dot product with eight lanes, channel `c` in lane `c % 8`, times `1 / sqrt(head_dim)`;
 //! * the exponentials of the distances to the row's largest score are summed by lanes of `key % 8`;
 //! * each channel of the output is one chain of fused multiply-adds over the keys in order, divided at the end.
 //!
@@ -238,6 +238,7 @@ mod tests {
                     layers: vec![LayerCache { len: cached, blocks: table }],
                     prompt_ends: false,
                     phase: Phase::Prefill,
+                    tag: crate::hooks::StepTag::default(),
                 };
                 results.push(attend(&view, &q, &[sequence], 0, &shard));
             }

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use crate::cache::CacheConfig;
 use crate::error::{Error, Result};
+use crate::hooks::{PluginConfig, SequenceReport};
 use crate::model::Model;
 use crate::quality::argmax;
 use crate::runner::{Logits, Runner, Work};
 use crate::scheduler::Scheduler;
 
 /// How requests are served.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct EngineConfig {
     /// How KV is kept.
     pub cache: CacheConfig,
@@ -18,11 +19,13 @@ pub struct EngineConfig {
     pub chunk: usize,
     /// Most sequences that hold cache at once.
     pub max_sequences: usize,
+    /// Plugins that compress the caches; `None`: none, at no cost.
+    pub plugins: Option<PluginConfig>,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { cache: CacheConfig::default(), chunk: 512, max_sequences: 64 }
+        Self { cache: CacheConfig::default(), chunk: 512, max_sequences: 64, plugins: None }
     }
 }
 
@@ -35,7 +38,9 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// Whether the model's end token ends the answer. That token is not part of it.
     pub stop_at_eos: bool,
-    /// A stable key, by which the host chooses the request's arm.
+    /// Name of the arm that serves it; `none`: no plugin; `None`: chosen by `key` and the arms' weights.
+    pub arm: Option<String>,
+    /// What the arm is chosen by: the same key, the same arm; empty: the request itself.
     pub key: String,
     /// Most rows of another prompt's beginning that may be taken over; `None`: no limit.
     pub prefix_limit: Option<usize>,
@@ -106,7 +111,11 @@ impl Engine {
             }
         }
         let scheduler = Scheduler::new(config.chunk, config.max_sequences);
-        Ok(Self { runner: Runner::new(model, config.cache)?, scheduler, last_id: 0, pending: Vec::new() })
+        let runner = match &config.plugins {
+            Some(plugins) => Runner::with_plugins(model, config.cache, plugins)?,
+            None => Runner::new(model, config.cache)?,
+        };
+        Ok(Self { runner, scheduler, last_id: 0, pending: Vec::new() })
     }
 
     /// The sequences below.
@@ -122,7 +131,8 @@ impl Engine {
     /// Takes a request.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::UnknownToken`] or [`Error::ContextFull`] for a prompt that cannot be run.
+    /// [`Error::Empty`], [`Error::UnknownToken`] or [`Error::ContextFull`] for a prompt that cannot be run;
+    /// [`Error::Plugin`] for an arm that there is not.
     pub fn add(&mut self, request: Request) -> Result<RequestId> {
         let config = &self.runner.model().config;
         if request.tokens.is_empty() {
@@ -133,6 +143,11 @@ impl Engine {
         }
         if let Some(&token) = request.tokens.iter().find(|token| **token as usize >= config.vocab) {
             return Err(Error::UnknownToken { token, vocab: config.vocab });
+        }
+        if let (Some(plugins), Some(arm)) = (self.runner.plugins(), request.arm.as_deref()) {
+            if arm != "none" {
+                plugins.figures(arm)?;
+            }
         }
         self.last_id += 1;
         let id = RequestId(self.last_id);
@@ -146,6 +161,11 @@ impl Engine {
     /// [`Error::RankStopped`].
     pub fn cancel(&mut self, id: RequestId) -> Result<()> {
         self.scheduler.finish(id, FinishReason::Cancelled, &mut self.runner, &mut self.pending)
+    }
+
+    /// What compression did to a request's sequence; `None` while it holds no cache.
+    pub fn report(&self, id: RequestId) -> Option<SequenceReport> {
+        self.runner.report(self.scheduler.requests.get(&id)?.sequence?).ok()
     }
 
     /// Whether no request is left.
@@ -163,6 +183,7 @@ impl Engine {
         if planned.is_empty() {
             return Ok(events);
         }
+        let mut wanted = Vec::new();
         let work: Vec<Work<'_>> = planned
             .iter()
             .filter_map(|part| {
@@ -176,6 +197,13 @@ impl Engine {
                 })
             })
             .collect();
+        for (part, work) in planned.iter().zip(&work).filter(|(_, work)| self.runner.will_ask(work)) {
+            let rows = self.scheduler.wanted_rows(part.request, self.runner.shared_block_size());
+            wanted.push((work.sequence, rows));
+        }
+        for (sequence, rows) in wanted {
+            self.runner.set_wanted_rows(sequence, rows);
+        }
         let logits = self.runner.step(&work)?;
         for (part, mut rows) in planned.iter().zip(logits) {
             self.scheduler.advance(part);

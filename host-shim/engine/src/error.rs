@@ -161,6 +161,38 @@ pub enum Error {
     /// A sequence occurs twice in one step.
     #[error("sequence {0} occurs twice in one step")]
     DuplicateSequence(SequenceId),
+    /// More rows were to be cut than a layer holds.
+    #[error("{rows} rows were to be cut from sequence {sequence}, whose layer {layer} holds {length}; cut fewer")]
+    CutTooFar {
+        /// The sequence.
+        sequence: SequenceId,
+        /// Rows to be cut.
+        rows: usize,
+        /// The first layer that holds fewer.
+        layer: usize,
+        /// Rows there.
+        length: usize,
+    },
+    /// The plugin host refused a call.
+    #[error("{function}: {message} ({name}, status {status})")]
+    Plugin {
+        /// The host's function.
+        function: &'static str,
+        /// What it answered, `KVHOOK_ERR_*`.
+        status: i32,
+        /// The status in one word.
+        name: &'static str,
+        /// The host's words.
+        message: String,
+    },
+    /// Some ranks compressed a sequence and others could not, so that its rows do not fit each other any more.
+    #[error("only some ranks could carry out the compression of sequence {sequence}: {reason}; free the sequence")]
+    SplitCommit {
+        /// The sequence.
+        sequence: SequenceId,
+        /// Why a rank could not.
+        reason: String,
+    },
     /// A rank's thread ended, or could not be started.
     #[error("rank {rank} has stopped: {reason}")]
     RankStopped {

@@ -9,14 +9,17 @@
 //! * [`model`] reads a GGUF and its tokenizer, and fetches the default model.
 //! * [`cache`] holds keys (after RoPE) and values, contiguous or paged, and who owns which block.
 //! * [`runner`] runs steps over sequences: prefill, decode, teacher-forced scoring.
+//! * [`hooks`] lets plugins compress the caches, through the host.
 //! * [`engine`] serves requests on top of it: admission, chunked prefill, batched decode, preemption.
 //! * [`quality`] measures what compression did to the answers.
 
 pub mod attention;
 pub mod cache;
+mod edits;
 pub mod engine;
 pub mod error;
 pub mod forward;
+pub mod hooks;
 pub mod matmul;
 pub mod model;
 pub mod ops;
@@ -29,5 +32,6 @@ mod simd;
 pub use cache::{CacheConfig, CacheKind, KvDtype, SequenceId};
 pub use engine::{Engine, EngineConfig, Event, FinishReason, Request, RequestId};
 pub use error::{Error, Result};
+pub use hooks::{ArmConfig, KvPlugins, PluginConfig, SequenceReport};
 pub use model::Model;
-pub use runner::{Runner, Scoring};
+pub use runner::{Begin, Runner, Scoring};

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use crate::attention::attend;
 use crate::cache::{CacheConfig, LayerCache, RankCache, SequenceId};
 use crate::error::{Error, Result};
+use crate::hooks::StepTag;
 use crate::model::Config;
 
 /// The KV heads of one rank, and the query heads that it computes with them.
@@ -103,6 +104,8 @@ pub struct BatchSequence {
     pub prompt_ends: bool,
     /// Prefill or decode.
     pub phase: Phase,
+    /// What plugins are told of it.
+    pub tag: StepTag,
 }
 
 /// What a rank is about to write and attend over in one layer. All values are f32, q and k after RoPE.
@@ -120,6 +123,8 @@ pub struct LayerStep<'a> {
     pub head_dim: usize,
     /// The rank's heads.
     pub shard: &'a HeadShard,
+    /// Its cache, before the step's K and V are written.
+    pub cache: &'a RankCache,
     /// Whose rows they are.
     pub batch: &'a Batch,
 }
@@ -159,8 +164,8 @@ impl RankState {
         let k = gather(qkv, stride, columns(heads, &self.shard.kv_heads));
         let v = gather(qkv, stride, columns(heads + kv_heads, &self.shard.kv_heads));
         if let Some(observer) = &mut self.observer {
-            let (head_dim, shard) = (self.head_dim, &self.shard);
-            observer.before_attention(&LayerStep { layer, q: &q, k: &k, v: &v, head_dim, shard, batch });
+            let (head_dim, shard, cache) = (self.head_dim, &self.shard, &self.cache);
+            observer.before_attention(&LayerStep { layer, q: &q, k: &k, v: &v, head_dim, shard, cache, batch });
         }
         self.write(layer, batch, &k, &v);
         self.attend(layer, batch, &q)
@@ -213,6 +218,7 @@ type Job = Box<dyn FnOnce(&mut RankState) + Send>;
 /// The ranks' threads. Work is handed to a rank as a closure that gets its state.
 pub struct Ranks {
     ranks: Vec<Rank>,
+    kv_heads: usize,
 }
 
 struct Rank {
@@ -249,7 +255,13 @@ impl Ranks {
                 .map_err(|error| Error::RankStopped { rank, reason: error.to_string() })?;
             Ok(Rank { jobs: Some(sender), thread: Some(thread) })
         };
-        Ok(Self { ranks: (0..cache.ranks).map(start).collect::<Result<_>>()? })
+        let kv_heads = (0..cache.ranks).map(|rank| HeadShard::new(model, rank, cache.ranks).kv_heads.len()).sum();
+        Ok(Self { ranks: (0..cache.ranks).map(start).collect::<Result<_>>()?, kv_heads })
+    }
+
+    /// KV heads of all ranks together, replicated ones counted on each.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
     }
 
     /// How many ranks there are.

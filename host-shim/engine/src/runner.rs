@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cache::{BlockPool, CacheConfig, CacheKind, SequenceCache, SequenceId};
 use crate::error::{Error, Result};
 use crate::forward::forward;
+use crate::hooks::{Cache, FreeReason, Hooks, KvPlugins, PluginConfig, StepTag};
 use crate::model::Model;
 use crate::rank::{Batch, BatchSequence, Phase, Ranks};
 
@@ -47,6 +48,31 @@ pub struct Work<'a> {
     pub logits: Logits,
 }
 
+/// How a sequence begins.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Begin<'a> {
+    /// The tokens by which it takes over and publishes blocks.
+    pub prompt: &'a [u32],
+    /// Tokens that are run as prefill: those of the prompt, and of the answer so far when it is computed again.
+    pub prefill: usize,
+    /// Most rows that are taken over.
+    pub prefix_limit: usize,
+    /// The arm that serves it; `none`: no plugin; `None`: chosen by key and weights.
+    pub arm: Option<&'a str>,
+    /// What the arm is chosen by: the same key, the same arm; empty: the sequence itself.
+    pub key: &'a str,
+}
+
+impl<'a> Begin<'a> {
+    /// A prompt that may take over any prefix, on an arm chosen by weight.
+    pub fn new(prompt: &'a [u32]) -> Self {
+        Self { prompt, prefill: prompt.len(), prefix_limit: prompt.len(), arm: None, key: "" }
+    }
+}
+
+/// What a change to a sequence touches.
+pub(crate) type HookedParts<'a> = (Option<&'a mut Hooks>, Option<&'a mut BlockPool>, &'a mut SequenceCache);
+
 /// A model with its ranks, caches and sequences.
 #[derive(Debug)]
 pub struct Runner {
@@ -56,6 +82,8 @@ pub struct Runner {
     /// `None`: contiguous.
     pool: Option<BlockPool>,
     sequences: HashMap<SequenceId, SequenceCache>,
+    /// `None`: no plugins, and no cost.
+    hooks: Option<Hooks>,
 }
 
 impl Runner {
@@ -87,7 +115,22 @@ impl Runner {
             }
         };
         let ranks = Ranks::start(&model.config, &config)?;
-        Ok(Self { model, config, ranks, pool, sequences: HashMap::new() })
+        Ok(Self { model, config, ranks, pool, sequences: HashMap::new(), hooks: None })
+    }
+
+    /// The same with plugins that compress the caches.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Plugin`] where an arm cannot be made.
+    pub fn with_plugins(model: Arc<Model>, config: CacheConfig, plugins: &PluginConfig) -> Result<Self> {
+        let mut runner = Self::new(model, config)?;
+        runner.hooks = Some(Hooks::new(&runner.model.config, &config, plugins, &runner.ranks)?);
+        Ok(runner)
+    }
+
+    /// The plugins, if there are any: their arms may be changed while sequences run.
+    pub fn plugins(&self) -> Option<&Arc<KvPlugins>> {
+        self.hooks.as_ref().map(Hooks::plugins)
     }
 
     /// The model.
@@ -154,11 +197,38 @@ impl Runner {
     ///
     /// At most `prefix_limit` rows are taken over, and never the whole prompt: at least its last token must be run, to
     /// give logits. The rows taken over are [`SequenceCache::shared`].
+    ///
+    /// With plugins, the arm is chosen by weight; should the host refuse the sequence, it runs without one.
     pub fn begin(&mut self, prompt: &[u32], prefix_limit: usize) -> SequenceId {
+        self.begin_or_without(&Begin { prefix_limit, ..Begin::new(prompt) })
+    }
+
+    /// The same, where arm and key are given.
+    ///
+    /// # Errors
+    /// [`Error::Plugin`] for an arm that there is not; then no sequence has begun.
+    pub fn begin_on(&mut self, begin: &Begin<'_>) -> Result<SequenceId> {
         let id = SequenceId::unused();
-        let mut sequence = SequenceCache::new(self.model.config.layers, prompt);
+        let limit = match &mut self.hooks {
+            Some(hooks) => hooks.begin(id, begin)?,
+            None => begin.prefill,
+        };
+        Ok(self.insert(id, begin, limit))
+    }
+
+    /// The same, on no arm should the host refuse it.
+    pub(crate) fn begin_or_without(&mut self, begin: &Begin<'_>) -> SequenceId {
+        self.begin_on(begin).unwrap_or_else(|error| {
+            tracing::warn!(target: "kvhook", "a sequence runs without plugin: {error}");
+            self.insert(SequenceId::unused(), begin, begin.prefill)
+        })
+    }
+
+    fn insert(&mut self, id: SequenceId, begin: &Begin<'_>, limit: usize) -> SequenceId {
+        let mut sequence = SequenceCache::new(self.model.config.layers, begin.prompt);
         if let Some(pool) = &mut self.pool {
-            pool.share_prefix(&mut sequence, prefix_limit.min(prompt.len().saturating_sub(1)));
+            let last = begin.prompt.len().saturating_sub(1);
+            pool.share_prefix(&mut sequence, limit.min(begin.prefix_limit).min(last));
         }
         self.sequences.insert(id, sequence);
         id
@@ -169,8 +239,13 @@ impl Runner {
     /// # Errors
     /// [`Error::OutOfBlocks`], with nothing taken; [`Error::UnknownSequence`].
     pub fn reserve(&mut self, id: SequenceId, rows: usize) -> Result<()> {
-        let (pool, sequence) = self.parts_mut(id)?;
-        pool.map_or(Ok(()), |pool| pool.reserve(sequence, rows))
+        let sequence = self.sequences.get_mut(&id).ok_or(Error::UnknownSequence(id))?;
+        let Some(pool) = &mut self.pool else { return Ok(()) };
+        let reserved = pool.reserve(sequence, rows);
+        if reserved.is_ok() || !self.hooks.as_mut().is_some_and(|hooks| hooks.drop_reservations(pool)) {
+            return reserved;
+        }
+        pool.reserve(sequence, rows)
     }
 
     /// Runs one step: writes K and V of each sequence's tokens and returns the logits wanted, in the order of `work`.
@@ -178,7 +253,7 @@ impl Runner {
     /// # Errors
     /// Before anything is written: [`Error::Empty`], [`Error::DuplicateSequence`], [`Error::UnknownSequence`],
     /// [`Error::UnknownToken`], [`Error::ContextFull`], [`Error::OutOfBlocks`], [`Error::SharedBlock`].
-    /// Then only [`Error::RankStopped`].
+    /// Then only [`Error::RankStopped`], and [`Error::SplitCommit`] for a defect of the host.
     pub fn step(&mut self, work: &[Work<'_>]) -> Result<Vec<Vec<LogitsRow>>> {
         if work.is_empty() {
             return Err(Error::Empty { what: "the step" });
@@ -218,6 +293,16 @@ impl Runner {
                 pool.publish(sequence);
             }
         }
+        if let Some(hooks) = &mut self.hooks {
+            let (config, kind) = (&self.model.config, self.config.dtype);
+            let mut cache = Cache {
+                ranks: &self.ranks,
+                pool: self.pool.as_mut(),
+                sequences: &mut self.sequences,
+                row_bytes: 2 * kind.bytes() * config.head_dim * self.ranks.kv_heads(),
+            };
+            hooks.after_step(&mut cache, work)?;
+        }
         Ok(answers)
     }
 
@@ -233,6 +318,7 @@ impl Runner {
             return Err(Error::ContextFull { position: position.max(context), context });
         }
         self.reserve(part.sequence, rows)?;
+        let tag = self.hooks.as_ref().map_or_else(StepTag::default, |hooks| hooks.tag(part.sequence));
         let (pool, sequence) = self.parts_mut(part.sequence)?;
         if let Some(pool) = pool {
             for (layer, cache) in sequence.layers.iter().enumerate() {
@@ -250,6 +336,7 @@ impl Runner {
             layers: sequence.layers.clone(),
             prompt_ends: part.prompt_ends,
             phase: part.phase,
+            tag,
         })
     }
 
@@ -258,7 +345,15 @@ impl Runner {
     /// # Errors
     /// As [`step`](Self::step), and [`Error::Empty`] for an empty prompt; the sequence is then freed.
     pub fn prefill(&mut self, prompt: &[u32], chunk: usize) -> Result<(SequenceId, LogitsRow)> {
-        let id = self.begin(prompt, prompt.len());
+        self.prefill_on(&Begin::new(prompt), chunk)
+    }
+
+    /// The same, where arm, key and prefix limit are given.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill); [`Error::Plugin`] for an arm that there is not.
+    pub fn prefill_on(&mut self, begin: &Begin<'_>, chunk: usize) -> Result<(SequenceId, LogitsRow)> {
+        let (id, prompt) = (self.begin_on(begin)?, begin.prompt);
         let logits = self.prefill_rest(id, prompt, chunk.max(1));
         if logits.is_err() {
             self.free(id)?;
@@ -300,11 +395,53 @@ impl Runner {
         Ok(rows)
     }
 
+    pub(crate) fn pool_mut(&mut self) -> Option<&mut BlockPool> {
+        self.pool.as_mut()
+    }
+
+    pub(crate) fn hooks(&self) -> Option<&Hooks> {
+        self.hooks.as_ref()
+    }
+
+    pub(crate) fn hooks_mut(&mut self) -> Option<&mut Hooks> {
+        self.hooks.as_mut()
+    }
+
+    /// Plugins, blocks and a sequence.
+    pub(crate) fn hooked_parts(&mut self, id: SequenceId) -> Result<HookedParts<'_>> {
+        let sequence = self.sequences.get_mut(&id).ok_or(Error::UnknownSequence(id))?;
+        Ok((self.hooks.as_mut(), self.pool.as_mut(), sequence))
+    }
+
+    /// Adds a copy of a sequence.
+    pub(crate) fn insert_copy(&mut self, id: SequenceId, copy: SequenceCache) {
+        self.sequences.insert(id, copy);
+    }
+
+    /// Tells the plugins that all sequences end; those are still to be freed.
+    pub(crate) fn reset_hooks(&mut self) -> Vec<SequenceId> {
+        if let Some(hooks) = &mut self.hooks {
+            hooks.reset(self.pool.as_mut());
+        }
+        self.sequences.keys().copied().collect()
+    }
+
     /// Ends a sequence: its blocks go back to the pool, its buffers are dropped.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::RankStopped`].
     pub fn free(&mut self, id: SequenceId) -> Result<()> {
+        self.free_because(id, FreeReason::Finished)
+    }
+
+    /// The same; plugins are told why.
+    ///
+    /// # Errors
+    /// As [`free`](Self::free).
+    pub fn free_because(&mut self, id: SequenceId, reason: FreeReason) -> Result<()> {
+        if let Some(hooks) = &mut self.hooks {
+            hooks.free(self.pool.as_mut(), id, reason);
+        }
         let mut sequence = self.sequences.remove(&id).ok_or(Error::UnknownSequence(id))?;
         if let Some(pool) = &mut self.pool {
             pool.free(&mut sequence);

@@ -6,7 +6,8 @@ use crate::cache::SequenceId;
 use crate::engine::{Event, FinishReason, Request, RequestId};
 use crate::error::{Error, Result};
 use crate::rank::Phase;
-use crate::runner::Runner;
+use crate::hooks::FreeReason;
+use crate::runner::{Begin, Runner};
 
 /// A request on its way.
 #[derive(Debug)]
@@ -103,6 +104,18 @@ impl Scheduler {
         })
     }
 
+    /// Leading rows of a request's sequence that waiting requests could take over, in whole blocks.
+    pub(crate) fn wanted_rows(&self, id: RequestId, block_size: Option<usize>) -> usize {
+        let (Some(block_size), Some(holder)) = (block_size, self.requests.get(&id)) else { return 0 };
+        let waiting = self.requests.values().filter(|running| running.sequence.is_none());
+        let common = waiting.map(|running| {
+            let prompt = &running.request.tokens;
+            let most = running.request.prefix_limit.unwrap_or(prompt.len()).min(prompt.len() - 1);
+            prompt[..most].iter().zip(&holder.request.tokens).take_while(|(a, b)| a == b).count()
+        });
+        common.max().unwrap_or(0) / block_size * block_size
+    }
+
     /// Gives a waiting request a sequence, if it may begin now. False: it and all younger ones must wait.
     fn admit(&mut self, id: RequestId, runner: &mut Runner) -> bool {
         let holders = self.requests.values().filter(|running| running.sequence.is_some()).count();
@@ -116,8 +129,13 @@ impl Scheduler {
             return false;
         }
         let prompt = running.request.tokens.len();
-        let limit = running.request.prefix_limit.unwrap_or(prompt);
-        let sequence = runner.begin(&running.tokens[..prompt], limit);
+        let sequence = runner.begin_or_without(&Begin {
+            prompt: &running.tokens[..prompt],
+            prefill: running.tokens.len(),
+            prefix_limit: running.request.prefix_limit.unwrap_or(prompt),
+            arm: running.request.arm.as_deref(),
+            key: &running.request.key,
+        });
         running.computed = runner.sequence(sequence).map_or(0, |sequence| sequence.shared);
         running.prefill_end = running.tokens.len();
         running.sequence = Some(sequence);
@@ -177,7 +195,7 @@ impl Scheduler {
         let Some(running) = self.requests.get_mut(&id) else { return Ok(()) };
         if let Some(sequence) = running.sequence.take() {
             running.computed = 0;
-            runner.free(sequence)?;
+            runner.free_because(sequence, FreeReason::Preempted)?;
             events.push(Event::Preempted { request: id });
         }
         Ok(())
@@ -200,7 +218,8 @@ impl Scheduler {
     ) -> Result<()> {
         let Some(running) = self.requests.remove(&id) else { return Ok(()) };
         if let Some(sequence) = running.sequence {
-            runner.free(sequence)?;
+            let why = if reason == FinishReason::Cancelled { FreeReason::Cancelled } else { FreeReason::Finished };
+            runner.free_because(sequence, why)?;
         }
         events.push(Event::Finished { request: id, reason });
         Ok(())

@@ -505,9 +505,6 @@ typedef struct KvhookReasonCount {
 //
 // Thread: any.
 // Returns `KVHOOK_ERR_UNSUPPORTED` for a device or cache dtype that this host does not move.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_host_create(const struct KvhookHostConfig *config,
                                 struct KvhookHost **out,
                                 KvhText *error);
@@ -516,9 +513,6 @@ KvhookStatus kvhook_host_create(const struct KvhookHostConfig *config,
 // back. Null is ignored. The handle, positions and table edits that it gave are invalid afterwards.
 //
 // Thread: any; no other call on the host is running.
-//
-// # Safety
-// `host` is null or came from `kvhook_host_create` and was not destroyed.
 void kvhook_host_destroy(struct KvhookHost *host);
 
 // Replaces all arms by those of a `kv_plugin` form (JSON text), as a whole or not at all. `source` is
@@ -528,9 +522,6 @@ void kvhook_host_destroy(struct KvhookHost *host);
 // Thread: any; one change of arms at a time, others wait. Plugins are loaded and created on this thread.
 // Returns `KVHOOK_ERR_SPEC`, any loading error (100 to 118), `KVHOOK_ERR_CONFIG`, `KVHOOK_ERR_NEED_NOT_OFFERED`,
 // `KVHOOK_ERR_CREATE`, `KVHOOK_ERR_CREATE_PANIC`, `KVHOOK_ERR_UNSUPPORTED`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_configure(struct KvhookHost *host,
                               KvhStr json,
                               int32_t source,
@@ -542,9 +533,6 @@ KvhookStatus kvhook_configure(struct KvhookHost *host,
 //
 // Thread: any; one change of arms at a time, others wait.
 // Returns as `kvhook_configure`, and `KVHOOK_ERR_SAFE_MODE`; then nothing has changed.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_arm_set(struct KvhookHost *host,
                             const struct KvhookArm *arm,
                             KvhText *error);
@@ -553,9 +541,6 @@ KvhookStatus kvhook_arm_set(struct KvhookHost *host,
 //
 // Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_ARM`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_arm_weight(struct KvhookHost *host,
                                KvhStr name,
                                double weight,
@@ -566,9 +551,6 @@ KvhookStatus kvhook_arm_weight(struct KvhookHost *host,
 //
 // Thread: any; one change of arms at a time, others wait.
 // Returns `KVHOOK_ERR_UNKNOWN_ARM`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_arm_remove(struct KvhookHost *host,
                                KvhStr name,
                                KvhText *error);
@@ -578,9 +560,6 @@ KvhookStatus kvhook_arm_remove(struct KvhookHost *host,
 //
 // Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_ARM`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_begin(struct KvhookHost *host,
                           const struct KvhookBegin *begin,
                           struct KvhookSequence *out,
@@ -591,9 +570,6 @@ KvhookStatus kvhook_begin(struct KvhookHost *host,
 //
 // Thread: any, but not while the sequence is committed.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`, `KVHOOK_ERR_FORK_REFUSED` where the plugin keeps state for the sequence.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_fork(struct KvhookHost *host,
                          uint64_t uid,
                          struct KvhookSequence *out,
@@ -605,9 +581,6 @@ KvhookStatus kvhook_fork(struct KvhookHost *host,
 //
 // Thread: any, but not while the sequence is committed.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_cut(struct KvhookHost *host,
                         uint64_t uid,
                         const KvhArray *lengths,
@@ -620,9 +593,6 @@ KvhookStatus kvhook_cut(struct KvhookHost *host,
 //
 // Thread: any; waits for calls of the instances that are under way.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`, also the second time.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_free(struct KvhookHost *host,
                          uint64_t uid,
                          int32_t reason,
@@ -632,9 +602,6 @@ KvhookStatus kvhook_free(struct KvhookHost *host,
 // Ends every live sequence, as `kvhook_free` with `KVH_FREE_RESET`.
 //
 // Thread: any; waits for calls of the instances that are under way.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_reset(struct KvhookHost *host,
                           void *stream,
                           KvhText *error);
@@ -644,9 +611,6 @@ KvhookStatus kvhook_reset(struct KvhookHost *host,
 //
 // Thread: the rank's.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_positions(struct KvhookHost *host,
                               uint32_t rank,
                               uint64_t uid,
@@ -659,9 +623,6 @@ KvhookStatus kvhook_positions(struct KvhookHost *host,
 //
 // Thread: any; waits for a call of the first rank's instance that is under way.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_ask(struct KvhookHost *host,
                         const struct KvhookAsk *ask,
                         struct KvhookAnswer *out,
@@ -677,9 +638,6 @@ KvhookStatus kvhook_ask(struct KvhookHost *host,
 // Thread: the rank's; waits for calls of its instances that are under way. Rows must not be written during the call.
 // Returns `KVHOOK_ERR_VIEW` when a layer is not one that the row formula describes, or differs from the model: then every
 // sequence of the call is kept (`KVH_REASON_UNSUPPORTED`).
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_prepare(struct KvhookHost *host,
                             uint32_t rank,
                             KvhArrayMut sequences,
@@ -692,9 +650,6 @@ KvhookStatus kvhook_prepare(struct KvhookHost *host,
 //
 // Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_TICKET` for a number that was never given, or whose ticket is committed on every rank.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_verdict(struct KvhookHost *host,
                             uint64_t ticket,
                             struct KvhookVerdict *out,
@@ -705,9 +660,6 @@ KvhookStatus kvhook_verdict(struct KvhookHost *host,
 // Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_TICKET`, `KVHOOK_ERR_DROPPED` the second time, `KVHOOK_ERR_INVALID_ARGUMENT` once a rank has
 // begun to commit.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_drop(struct KvhookHost *host,
                          uint64_t ticket,
                          KvhookReason reason,
@@ -726,9 +678,6 @@ KvhookStatus kvhook_drop(struct KvhookHost *host,
 // Returns `KVHOOK_ERR_UNKNOWN_TICKET`, `KVHOOK_ERR_NOT_READY`, `KVHOOK_ERR_DROPPED`, `KVHOOK_ERR_NO_ROOM`,
 // `KVHOOK_ERR_VIEW`; `KVHOOK_ERR_INVALID_ARGUMENT` also for rows that were cut, for ranks that differ in
 // `next_position`, and for rows appended to a plan that moves positions.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_commit(struct KvhookHost *host,
                            uint32_t rank,
                            struct KvhookCommit *commit,
@@ -741,9 +690,6 @@ KvhookStatus kvhook_commit(struct KvhookHost *host,
 // Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_TICKET`, `KVHOOK_ERR_NOT_READY`, `KVHOOK_ERR_DROPPED`, `KVHOOK_ERR_INVALID_ARGUMENT` for
 // another movement.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_table_edit(struct KvhookHost *host,
                                uint64_t ticket,
                                KvhArrayMut edits,
@@ -756,9 +702,6 @@ KvhookStatus kvhook_table_edit(struct KvhookHost *host,
 //
 // Thread: the rank's. Nobody else uses the sequence's rows during the call.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`, `KVHOOK_ERR_NO_ROOM`, `KVHOOK_ERR_VIEW`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_compress(struct KvhookHost *host,
                              const struct KvhookAsk *ask,
                              struct KvhookCommit *commit,
@@ -769,9 +712,6 @@ KvhookStatus kvhook_compress(struct KvhookHost *host,
 //
 // Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_freed(struct KvhookHost *host,
                           uint64_t uid,
                           uint64_t bytes,
@@ -781,9 +721,6 @@ KvhookStatus kvhook_freed(struct KvhookHost *host,
 // made to be asked in each step.
 //
 // Thread: any.
-//
-// # Safety
-// `host` is null (then 0) or a live host.
 uint32_t kvhook_wants(struct KvhookHost *host,
                       uint32_t rank);
 
@@ -794,9 +731,6 @@ uint32_t kvhook_wants(struct KvhookHost *host,
 // to fill.
 //
 // Thread: the rank's; waits for calls of its instances that are under way.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_before_attention(struct KvhookHost *host,
                                      uint32_t rank,
                                      const struct KvhookStep *step,
@@ -806,9 +740,6 @@ KvhookStatus kvhook_before_attention(struct KvhookHost *host,
 //
 // Thread: any; counters that change meanwhile need not fit each other.
 // Returns `KVHOOK_ERR_UNKNOWN_ARM`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_figures(struct KvhookHost *host,
                             KvhStr arm,
                             struct KvhookFigures *out,
@@ -819,9 +750,6 @@ KvhookStatus kvhook_figures(struct KvhookHost *host,
 // Thread: any.
 // Returns `KVHOOK_ERR_BUFFER_TOO_SMALL`: nothing was written, and `out.length` says how many bytes are needed (more by
 // the next call, perhaps).
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_figures_json(struct KvhookHost *host,
                                  KvhText *out,
                                  KvhText *error);
@@ -830,9 +758,6 @@ KvhookStatus kvhook_figures_json(struct KvhookHost *host,
 //
 // Thread: any.
 // Returns as `kvhook_figures_json`.
-//
-// # Safety
-// Arguments are null or as the header says.
 KvhookStatus kvhook_figures_prometheus(struct KvhookHost *host,
                                        KvhText *out,
                                        KvhText *error);

@@ -108,9 +108,8 @@ impl Generation {
     ) -> Result<Self, HostError> {
         let first = ranks.first().ok_or_else(|| HostError::Internal("a generation without ranks".to_owned()))?;
         let planned = first.services.model().layers().iter().zip(0..);
-        let planned = planned
-            .map(|(info, layer)| is_planned(info) && layers.is_none_or(|set| set.contains(layer)))
-            .collect();
+        let planned =
+            planned.map(|(info, layer)| is_planned(info) && layers.is_none_or(|set| set.contains(layer))).collect();
         let (needs, answers_prefill_done, answers_grown) = {
             let instance = first.instance.lock();
             (instance.needs().clone(), instance.answers(Event::PrefillDone), instance.answers(Event::Grown))

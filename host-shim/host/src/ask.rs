@@ -62,6 +62,10 @@ impl Host {
             if state.ticket.is_some() || !is_due(&mut state, ask) {
                 return Ok(keep(KVH_REASON_NONE, ask));
             }
+            // That was counted when it broke.
+            if let Some(reason) = state.broken {
+                return Ok(keep(reason, ask));
+            }
             let queries = state.ranks.iter().map(|rank| rank.queries_seen(sequence.prompt_length)).min().unwrap_or(0);
             if let Err(refusal) = may_compress(&sequence, &state, ask.event, ask.next_position, queries) {
                 return Ok(self.keep_because(&sequence, refusal, ask));
@@ -132,7 +136,8 @@ impl Host {
         // SAFETY: the arguments are ours and valid during the call.
         let called = unsafe { instance.bound(ask.event, &args, &mut out) };
         sequence.arm.figures.took(Timed::Bound, start.elapsed());
-        let reason = if (KVH_REASON_NONE..=KVH_REASON_OTHER).contains(&out.reason) { out.reason } else { KVH_REASON_OTHER };
+        let reason =
+            if (KVH_REASON_NONE..=KVH_REASON_OTHER).contains(&out.reason) { out.reason } else { KVH_REASON_OTHER };
         if let Err(error) = called {
             let reason = self.hook_failed("bound", sequence.uid, generation, &error);
             return Err(Refusal::new(reason, ""));
@@ -263,9 +268,6 @@ pub(crate) fn may_compress(
     if generation.is_poisoned() {
         return refuse(KVHOOK_REASON_POISONED, String::new());
     }
-    if let Some(reason) = state.broken {
-        return refuse(reason, "before_attention failed earlier".to_owned());
-    }
     if !generation.answers(event) {
         return refuse(KVH_REASON_NONE, String::new());
     }
@@ -286,9 +288,5 @@ pub(crate) fn may_compress(
 
 /// Segments, lent to a plugin.
 pub(crate) fn raw_segments(segments: &[KvhSegment]) -> KvhArray {
-    KvhArray {
-        data: segments.as_ptr().cast(),
-        count: segments.len() as u64,
-        stride: size_of::<KvhSegment>() as u64,
-    }
+    KvhArray { data: segments.as_ptr().cast(), count: segments.len() as u64, stride: size_of::<KvhSegment>() as u64 }
 }

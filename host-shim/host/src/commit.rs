@@ -129,7 +129,8 @@ impl Host {
         let mut state = sequence.state.lock();
         let Some(ticket) = state.ticket.as_mut().filter(|ticket| ticket.id == id) else { return };
         ticket.ranks[rank] = RankTicket::Planned(held.clone());
-        let others = ticket.ranks.iter().any(|rank| matches!(rank, RankTicket::Committing(_) | RankTicket::Committed(_)));
+        let others =
+            ticket.ranks.iter().any(|rank| matches!(rank, RankTicket::Committing(_) | RankTicket::Committed(_)));
         let dropped = if others {
             None
         } else {
@@ -162,7 +163,9 @@ impl Host {
         let fresh = match (movement, &request.fresh) {
             (KVHOOK_MOVE_TABLE, _) => return Ok(Vec::new()),
             (KVHOOK_MOVE_FRESH, None) => {
-                return Err(HostError::Argument("`fresh` is empty, but the ticket was prepared with fresh rows".into()));
+                return Err(HostError::Argument(
+                    "`fresh` is empty, but the ticket was prepared with fresh rows".into(),
+                ));
             }
             (KVHOOK_MOVE_FRESH, Some(fresh)) => Some(fresh),
             _ => None,
@@ -197,16 +200,11 @@ impl Host {
     }
 
     /// The rank's rows have moved.
-    fn finish_commit(
-        &self,
-        rank: usize,
-        sequence: &Sequence,
-        request: &CommitRequest,
-        held: &Arc<Held>,
-    ) -> Committed {
+    fn finish_commit(&self, rank: usize, sequence: &Sequence, request: &CommitRequest, held: &Arc<Held>) -> Committed {
         let plan = &held.plan;
         let before = request.layers.lengths();
-        let lengths: Vec<u64> = before.iter().zip(&plan.layers).map(|(&length, layer)| length_after(length, layer)).collect();
+        let lengths: Vec<u64> =
+            before.iter().zip(&plan.layers).map(|(&length, layer)| length_after(length, layer)).collect();
         let next_position = plan.moved_position.unwrap_or(request.next_position);
         let committed = Committed { lengths, next_position };
         sequence.arm.figures.moved(moved(&self.models[rank], &before, &committed.lengths));
@@ -274,8 +272,13 @@ impl Host {
             return Ok(Compressed::Kept(prepared.first().map_or(KVH_REASON_OTHER, |prepared| prepared.reason)));
         };
         let movement = if fresh.is_some() { KVHOOK_MOVE_FRESH } else { KVHOOK_MOVE_IN_PLACE };
-        let request =
-            CommitRequest { ticket: prepared.ticket, layers: layers()?, fresh, next_position: ask.next_position, stream };
+        let request = CommitRequest {
+            ticket: prepared.ticket,
+            layers: layers()?,
+            fresh,
+            next_position: ask.next_position,
+            stream,
+        };
         // SAFETY: passed on from the caller.
         let committed = unsafe { self.commit(0, &request)? };
         Ok(Compressed::Done { movement, committed })
@@ -340,7 +343,9 @@ fn tasks_of(
 fn move_all(tasks: Vec<Task<'_>>) -> Result<(), KernelError> {
     let bytes = tasks
         .iter()
-        .map(|task| (task.plan.count as usize + task.appended) * task.source.kv_heads() * task.source.layout().row_bytes())
+        .map(|task| {
+            (task.plan.count as usize + task.appended) * task.source.kv_heads() * task.source.layout().row_bytes()
+        })
         .sum();
     parallel::for_each(tasks, bytes, |task| task.run())
 }

@@ -68,7 +68,8 @@ impl Host {
         let layers = config.models.first().map(|model| model.layers().len());
         if layers.is_none() || config.models.iter().any(|model| Some(model.layers().len()) != layers) {
             return Err(HostError::Argument(
-                "`models` is empty, or the ranks differ in their number of layers; expected one model for each rank".into(),
+                "`models` is empty, or the ranks differ in their number of layers; expected one model for each rank"
+                    .into(),
             ));
         }
         Ok(Self {
@@ -186,9 +187,8 @@ impl Host {
         for model in &self.models {
             let services = Services::new(self.callbacks, model.clone());
             // SAFETY: the host's model and offers are as the contract says; the services keep the model alive.
-            let instance = unsafe {
-                Instance::create(library, services.clone(), model.raw(), &self.offers, &spec.config)?
-            };
+            let instance =
+                unsafe { Instance::create(library, services.clone(), model.raw(), &self.offers, &spec.config)? };
             ranks.push(RankInstance { instance: Mutex::new(instance), services });
         }
         let (plugin, version) = (library.id().to_owned(), library.version());
@@ -245,8 +245,7 @@ impl Host {
 
     /// The figures of all arms as JSON text: `{"engine": ..., "arms": {name: ...}}`.
     pub fn figures_json(&self) -> String {
-        let arms: Map<String, Value> =
-            self.arms().iter().map(|arm| (arm.name.clone(), arm.figures.json())).collect();
+        let arms: Map<String, Value> = self.arms().iter().map(|arm| (arm.name.clone(), arm.figures.json())).collect();
         json!({ "engine": self.engine, "arms": arms }).to_string()
     }
 
@@ -294,10 +293,8 @@ impl Host {
         if matches!(reason, KVHOOK_REASON_PANIC | KVHOOK_REASON_POISONED) {
             generation.poison();
         }
-        self.callbacks.log(
-            KVH_LOG_WARN,
-            format_args!("plugin {}: {hook} failed for sequence {uid}: {error}", generation.plugin),
-        );
+        self.callbacks
+            .log(KVH_LOG_WARN, format_args!("plugin {}: {hook} failed for sequence {uid}: {error}", generation.plugin));
         reason
     }
 }

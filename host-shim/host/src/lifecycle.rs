@@ -205,13 +205,8 @@ impl Host {
         reason: i32,
         stream: *mut c_void,
     ) {
-        let args = KvhOnFreeArgs {
-            struct_size: size_of::<KvhOnFreeArgs>(),
-            uid: sequence.uid,
-            reason,
-            reserved0: 0,
-            stream,
-        };
+        let args =
+            KvhOnFreeArgs { struct_size: size_of::<KvhOnFreeArgs>(), uid: sequence.uid, reason, reserved0: 0, stream };
         for (rank, of_rank) in ranks.iter().zip(&generation.ranks) {
             if rank.touched {
                 let mut instance = of_rank.instance.lock();
@@ -272,10 +267,7 @@ impl Host {
     }
 
     /// A sequence's state, if it is live.
-    pub(crate) fn live<'a>(
-        &self,
-        sequence: &'a Sequence,
-    ) -> Result<parking_lot::MutexGuard<'a, State>, HostError> {
+    pub(crate) fn live<'a>(&self, sequence: &'a Sequence) -> Result<parking_lot::MutexGuard<'a, State>, HostError> {
         let state = sequence.state.lock();
         if state.live { Ok(state) } else { Err(HostError::UnknownUid(sequence.uid)) }
     }

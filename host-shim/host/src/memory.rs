@@ -79,7 +79,9 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with the same arguments, and nobody else owns it.
-        unsafe { self.allocator.callbacks.free(self.allocator.rank, self.data, self.bytes, self.alignment, self.stream) };
+        unsafe {
+            self.allocator.callbacks.free(self.allocator.rank, self.data, self.bytes, self.alignment, self.stream)
+        };
     }
 }
 

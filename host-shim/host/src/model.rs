@@ -31,14 +31,20 @@ impl Model {
     pub unsafe fn new(raw: KvhModel) -> Result<Self, HostError> {
         // SAFETY: passed on from the caller.
         let (name, layers) = unsafe {
-            (boundary::text(raw.name, "models.name")?.into(), Structs::<KvhLayerInfo>::new(raw.layers, "models.layers")?)
+            (
+                boundary::text(raw.name, "models.name")?.into(),
+                Structs::<KvhLayerInfo>::new(raw.layers, "models.layers")?,
+            )
         };
         let refuse = |problem: String| Err(HostError::Unsupported(problem));
         if layers.is_empty() {
             return Err(HostError::Argument("`models.layers` is empty; expected one for each layer".to_owned()));
         }
         if raw.device.device_type != KVH_DEVICE_CPU {
-            return refuse(format!("device type {}; this host moves rows in ordinary memory (1)", raw.device.device_type));
+            return refuse(format!(
+                "device type {}; this host moves rows in ordinary memory (1)",
+                raw.device.device_type
+            ));
         }
         if view::dtype(raw.cache_dtype).is_none() {
             return refuse(format!("a cache of {}; expected f32, f16 or bf16", view::dtype_name(raw.cache_dtype)));

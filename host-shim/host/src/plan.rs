@@ -188,7 +188,9 @@ pub unsafe fn check(
                 _ => rewrite(layer, raw, lent, limit, terms),
             }
         };
-        checked.push(plan.map_err(|refusal| Refusal { message: format!("layer {layer}: {}", refusal.message), ..refusal })?);
+        checked.push(
+            plan.map_err(|refusal| Refusal { message: format!("layer {layer}: {}", refusal.message), ..refusal })?,
+        );
     }
     for layer in 0..checked.len() {
         follow_owner(layer, &mut checked, terms.model);
@@ -246,7 +248,11 @@ fn check_all_moved(plan: &Plan) -> Result<(), Refusal> {
             _ => return bad_plan(format!("layer {index}: positions moved, but this layer is not rewritten")),
         }
     }
-    if counts.is_sorted_by(|a, b| a == b) { Ok(()) } else { bad_plan("positions moved, but counts differ between layers") }
+    if counts.is_sorted_by(|a, b| a == b) {
+        Ok(())
+    } else {
+        bad_plan("positions moved, but counts differ between layers")
+    }
 }
 
 /// A layer that nothing is done to.
@@ -341,9 +347,8 @@ unsafe fn copy_ranges(raw: &KvhLayerPlan, length: u64) -> Result<Vec<KvhRange>, 
 unsafe fn copy_rows(layer: usize, raw: &KvhLayerPlan, terms: &Terms<'_>) -> Result<KeptRows, Refusal> {
     let heads = terms.model.layers()[layer].kv_heads as usize;
     // SAFETY: passed on from the caller.
-    let (data, stride_head) = unsafe {
-        copy_u32s("indices", raw.indices, raw.index_stride_head, heads, raw.count as usize, terms)?
-    };
+    let (data, stride_head) =
+        unsafe { copy_u32s("indices", raw.indices, raw.index_stride_head, heads, raw.count as usize, terms)? };
     let rows = KeptRows { data, stride_head, count: raw.count as usize };
     check_indices(&rows.indices(), heads, terms.lengths[layer] as usize)
         .map_err(|bad| Refusal::new(KVHOOK_REASON_BAD_INDEX, bad.to_string()))?;
@@ -364,7 +369,8 @@ unsafe fn copy_u32s(
 ) -> Result<(U32s, usize), Refusal> {
     let stride = usize::try_from(stride_head).ok();
     let reach = stride.and_then(|stride| stride.checked_mul(heads)).and_then(|reach| reach.checked_add(count));
-    let Some(stride) = stride.filter(|_| reach.is_some_and(|reach| reach <= isize::MAX as usize / size_of::<u32>())) else {
+    let Some(stride) = stride.filter(|_| reach.is_some_and(|reach| reach <= isize::MAX as usize / size_of::<u32>()))
+    else {
         return bad_plan(format!("the stride over heads of `{name}` is {stride_head}; expected 0 or more, in range"));
     };
     if data.is_null() || !data.is_aligned() {
@@ -478,9 +484,8 @@ fn kept_blocks(layer: &LayerPlan, size: u64) -> Option<Vec<u32>> {
                 range.start.is_multiple_of(size) && (end.is_multiple_of(size) || end == layer.planned)
             };
             ranges.iter().all(whole).then(|| {
-                let blocks = |range: &KvhRange| {
-                    (range.start / size) as u32..(range.start + range.length).div_ceil(size) as u32
-                };
+                let blocks =
+                    |range: &KvhRange| (range.start / size) as u32..(range.start + range.length).div_ceil(size) as u32;
                 ranges.iter().flat_map(blocks).collect()
             })
         }

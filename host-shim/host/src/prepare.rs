@@ -157,6 +157,12 @@ impl Host {
             }
         }
         state.failed = None;
+        if let Some(reason) = state.broken {
+            let ticket = self.fail(&sequence, &mut state, rank, event, next_position);
+            drop(state);
+            drop((ticket, stale));
+            return Err(reason);
+        }
         let seen = state.ranks[rank].queries_seen(sequence.prompt_length);
         let lengths = request.layers.lengths();
         let joined = may_compress(&sequence, &state, event, next_position, seen)
@@ -354,8 +360,11 @@ impl Host {
     ) -> Vec<Result<Held, Refusal>> {
         let of_rank = &generation.ranks[rank];
         let layers: Vec<Vec<KvhLayer>> = members.iter().map(layers_with_positions).collect();
-        let sequences: Vec<KvhSequence> =
-            members.iter().zip(&layers).map(|(member, layers)| raw_sequence(member, layers, &self.models[rank])).collect();
+        let sequences: Vec<KvhSequence> = members
+            .iter()
+            .zip(&layers)
+            .map(|(member, layers)| raw_sequence(member, layers, &self.models[rank]))
+            .collect();
         let mut messages = vec![[0u8; MESSAGE_BYTES]; members.len()];
         let mut texts: Vec<KvhText> = messages.iter_mut().map(|message| KvhText::over(message)).collect();
         let mut layer_plans: Vec<Vec<KvhLayerPlan>> =
@@ -419,10 +428,9 @@ impl Host {
                     let message = String::from_utf8_lossy(&messages[place][..length]).into_owned();
                     Err(Refusal { message, ..refusal })
                 }
-                Err(refusal) => Err(Refusal {
-                    message: format!("plugin {}: {}", generation.plugin, refusal.message),
-                    ..refusal
-                }),
+                Err(refusal) => {
+                    Err(Refusal { message: format!("plugin {}: {}", generation.plugin, refusal.message), ..refusal })
+                }
             });
         }
         answers

@@ -118,15 +118,16 @@ impl Ticket {
     pub fn choose_movement(&mut self) -> Result<(), KvhookReason> {
         let Some(plans) = self.plans() else { return Ok(()) };
         let table = plans.first().and_then(|held| held.plan.table.as_ref());
-        let movement = if !self.moves_rows && table.is_some() && plans.iter().all(|held| held.plan.table.as_ref() == table) {
-            KVHOOK_MOVE_TABLE
-        } else if self.fresh {
-            KVHOOK_MOVE_FRESH
-        } else if plans.iter().all(|held| held.plan.first_written() >= held.protected) {
-            KVHOOK_MOVE_IN_PLACE
-        } else {
-            return Err(kvhook_abi::raw::KVH_REASON_NO_ROOM);
-        };
+        let movement =
+            if !self.moves_rows && table.is_some() && plans.iter().all(|held| held.plan.table.as_ref() == table) {
+                KVHOOK_MOVE_TABLE
+            } else if self.fresh {
+                KVHOOK_MOVE_FRESH
+            } else if plans.iter().all(|held| held.plan.first_written() >= held.protected) {
+                KVHOOK_MOVE_IN_PLACE
+            } else {
+                return Err(kvhook_abi::raw::KVH_REASON_NO_ROOM);
+            };
         self.movement = Some(movement);
         Ok(())
     }
@@ -206,9 +207,9 @@ impl Host {
         let sequence = self.tickets.lock().find(id)?;
         let mut state = sequence.state.lock();
         match &state.ticket {
-            Some(ticket) if ticket.id == id && ticket.is_committing() => Err(HostError::Argument(format!(
-                "`ticket` {id} is being committed; every rank must commit it now"
-            ))),
+            Some(ticket) if ticket.id == id && ticket.is_committing() => {
+                Err(HostError::Argument(format!("`ticket` {id} is being committed; every rank must commit it now")))
+            }
             Some(ticket) if ticket.id == id => {
                 let ticket = self.close(&sequence, &mut state, reason);
                 drop(state);
@@ -223,7 +224,11 @@ impl Host {
     ///
     /// # Errors
     /// `UnknownTicket`, `Dropped`, `NotReady`; `Argument` when the ticket's rows move otherwise.
-    pub fn table_edit(&self, id: u64, give: impl FnOnce(&[Vec<u32>]) -> Result<(), HostError>) -> Result<(), HostError> {
+    pub fn table_edit(
+        &self,
+        id: u64,
+        give: impl FnOnce(&[Vec<u32>]) -> Result<(), HostError>,
+    ) -> Result<(), HostError> {
         let sequence = self.tickets.lock().find(id)?;
         let state = sequence.state.lock();
         let ticket = state.ticket.as_ref().filter(|ticket| ticket.id == id).ok_or(HostError::UnknownTicket(id))?;
@@ -231,7 +236,9 @@ impl Host {
         let held = ticket.ranks.iter().find_map(RankTicket::held);
         match held.and_then(|held| held.plan.table.as_ref()).filter(|_| movement == KVHOOK_MOVE_TABLE) {
             Some(table) => give(table),
-            None => Err(HostError::Argument(format!("`ticket` {id} is no edit of a table: its movement is {movement}"))),
+            None => {
+                Err(HostError::Argument(format!("`ticket` {id} is no edit of a table: its movement is {movement}")))
+            }
         }
     }
 

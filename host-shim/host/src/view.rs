@@ -34,12 +34,7 @@ impl Layers {
     ///
     /// # Safety
     /// The array is valid for reading.
-    pub unsafe fn read(
-        array: KvhArray,
-        name: &'static str,
-        model: &Model,
-        block_size: u32,
-    ) -> Result<Self, HostError> {
+    pub unsafe fn read(array: KvhArray, name: &'static str, model: &Model, block_size: u32) -> Result<Self, HostError> {
         // SAFETY: passed on from the caller.
         let layers = unsafe { Structs::<KvhLayer>::new(array, name)? };
         if layers.len() != model.layers().len() {

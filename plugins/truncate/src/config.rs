@@ -96,7 +96,7 @@ kvhook_abi::config! {
 
 /// Fractions by ranges of layers, as they are written.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LayerFractions(BTreeMap<String, f64>);
+pub struct LayerFractions(pub BTreeMap<String, f64>);
 
 impl ConfigValue for LayerFractions {
     const KIND: &'static str = "object";

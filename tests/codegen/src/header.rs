@@ -123,12 +123,12 @@ fn without_safety(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut inside = false;
     for line in text.lines() {
-        inside = line.starts_with("///") && (inside || line.trim_end() == "/// # Safety");
+        inside = line.starts_with("//") && (inside || line.trim_end() == "// # Safety");
         if inside {
             continue;
         }
-        if !line.starts_with("///") && out.ends_with("///\n") {
-            out.truncate(out.len() - "///\n".len());
+        if !line.starts_with("//") && out.ends_with("\n//\n") {
+            out.truncate(out.len() - "//\n".len());
         }
         out.push_str(line);
         out.push('\n');
@@ -142,8 +142,8 @@ mod tests {
 
     #[test]
     fn safety_sections_go() {
-        let text = "/// A.\n///\n/// # Safety\n/// B.\nint f(void);\n/// C.\nint g(void);";
-        assert_eq!(without_safety(text), "/// A.\nint f(void);\n/// C.\nint g(void);\n");
+        let text = "// A.\n//\n// # Safety\n// B.\nint f(void);\n// C.\nint g(void);";
+        assert_eq!(without_safety(text), "// A.\nint f(void);\n// C.\nint g(void);\n");
     }
 
     #[test]

@@ -6,6 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
+use kvhook_abi::ids::KVH_META_SECTION;
+use kvhook_abi::layout::{Row, Table};
+use kvhook_abi::metadata::Metadata;
+use object::{Object, ObjectSection};
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
@@ -64,6 +69,27 @@ fn compiles_as_c11() {
 #[test]
 fn compiles_as_cpp17() {
     run("c++", "c++17", PROGRAM, "header.cpp");
+}
+
+#[test]
+fn a_c_librarys_metadata_carries_the_same_layouts() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (file, library) = (folder.join("meta.c"), folder.join("meta.so"));
+    let source = r#"
+#include "kvhook.h"
+KVH_META("{\"id\":\"c\",\"version\":\"1\",\"abi_major\":1,\"abi_minor\":0,\"hooks\":[],\"layouts\":" KVH_LAYOUTS_JSON "}");
+"#;
+    fs::write(&file, source).unwrap();
+    let include = root().join("hook-abi/include");
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-s", "-I"]).arg(include).arg(&file).arg("-o").arg(&library);
+    assert!(compiler.status().unwrap().success());
+    let bytes = fs::read(&library).unwrap();
+    let library = object::File::parse(&*bytes).unwrap();
+    let section = library.section_by_name(KVH_META_SECTION).unwrap();
+    let metadata = Metadata::parse(section.data().unwrap()).unwrap();
+    let rows: Vec<Row> = Table::current().rows.into_iter().map(|(row, _)| row).collect();
+    assert_eq!(metadata.layouts, rows);
 }
 
 #[test]

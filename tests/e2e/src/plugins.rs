@@ -40,14 +40,13 @@ pub fn patched(mut bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
     let mut found = false;
     let mut at = 0;
-    while at + from.len() <= bytes.len() {
+    while let Some(step) = bytes[at..].iter().position(|byte| *byte == from[0]) {
+        at += step;
         if bytes[at..].starts_with(from) {
             bytes[at..at + to.len()].copy_from_slice(to);
             found = true;
-            at += from.len();
-        } else {
-            at += 1;
         }
+        at += 1;
     }
     assert!(found, "{:?} is not in the file", String::from_utf8_lossy(from));
     bytes

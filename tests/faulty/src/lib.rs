@@ -19,6 +19,8 @@ use kvhook_abi::raw::KvhPluginEntry;
 #[unsafe(link_section = ".kvh_meta")]
 static METADATA: [u8; Tables::<Faulty>::DESCRIPTION.section_length()] = Tables::<Faulty>::DESCRIPTION.section();
 
+kvhook_abi::export_deep_layout!();
+
 /// The entry of the variant that the file's mark names.
 #[unsafe(no_mangle)]
 extern "C" fn kvh_plugin_entry_v1() -> *const KvhPluginEntry {

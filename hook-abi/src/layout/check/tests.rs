@@ -53,7 +53,7 @@ fn a_draft_needs_an_exact_match() {
     let newer = check(&old, new.abi, &listed(&new), &[]).unwrap_err();
     assert!(matches!(&newer, LayoutMismatch::NewerThanDraft { name, newest: 1, found: 2, .. } if name == "KvhLayer"));
     let older = check(&new, old.abi, &listed(&old), &[]).unwrap_err();
-    assert!(matches!(&older, LayoutMismatch::NoCommon { oldest: 1, newest: 2, .. }), "{older}");
+    assert!(older.to_string().contains("generations 1 of KvhLayer, the host needs one of 2;"), "{older}");
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn a_later_generation_alone_is_refused() {
     let mut plugin = listed(&table(2, Status::Released));
     plugin.retain(|row| row.generation == 2 || row.name != "KvhLayer");
     let error = check(&host, (1, 1), &plugin, &[]).unwrap_err();
-    assert!(matches!(error, LayoutMismatch::NoCommon { oldest: 2, newest: 1, .. }));
+    assert!(error.to_string().contains("generations 2 of KvhLayer, the host needs one of 1;"), "{error}");
 }
 
 #[test]

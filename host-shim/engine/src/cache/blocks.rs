@@ -194,9 +194,11 @@ impl BlockPool {
     }
 
     /// Makes the full blocks of a sequence's prompt findable. A compressed sequence publishes nothing.
+    ///
+    /// A block that can already be found, which holds the same bits, takes the place of the sequence's own: prompts that
+    /// had to be computed again, so that plugins saw their queries, come to share them all the same.
     pub fn publish(&mut self, sequence: &mut SequenceCache) {
-        let Some(prefixes) = &mut self.prefixes else { return };
-        if sequence.compressed {
+        if self.prefixes.is_none() || sequence.compressed {
             return;
         }
         let rows = (sequence.next_position as usize).min(sequence.prompt.len());
@@ -204,19 +206,37 @@ impl BlockPool {
             let index = sequence.published;
             let tokens = &sequence.prompt[index * self.block_size..][..self.block_size];
             sequence.published += 1;
-            // The parent may have been evicted: nobody can reach what would hang behind it, yet it can be evicted too.
-            sequence.entry = match prefixes.find(sequence.entry, tokens) {
-                Some((entry, _)) => entry,
-                None => {
-                    let blocks: Vec<u32> = sequence.layers.iter().map(|layer| layer.blocks[index]).collect();
-                    let entry = prefixes.insert(sequence.entry, tokens, blocks.clone());
-                    for (pool, block) in self.layers.iter_mut().zip(blocks) {
-                        pool.blocks[block as usize].entry = Some(entry);
-                    }
-                    entry
+            let prefixes = self.prefixes.as_ref();
+            let found = prefixes.and_then(|prefixes| prefixes.find(sequence.entry, tokens));
+            if let Some((entry, blocks)) = found.map(|(entry, blocks)| (entry, blocks.to_vec())) {
+                sequence.entry = entry;
+                for (layer, block) in blocks.into_iter().enumerate() {
+                    let own = std::mem::replace(&mut sequence.layers[layer].blocks[index], block);
+                    self.retain(layer, block);
+                    self.release(layer, &[own]);
                 }
-            };
+                continue;
+            }
+            let blocks: Vec<u32> = sequence.layers.iter().map(|layer| layer.blocks[index]).collect();
+            // The parent may have been evicted: nobody can reach what would hang behind it, yet it can be evicted too.
+            let Some(prefixes) = &mut self.prefixes else { return };
+            sequence.entry = prefixes.insert(sequence.entry, tokens, blocks.clone());
+            for (pool, block) in self.layers.iter_mut().zip(blocks) {
+                pool.blocks[block as usize].entry = Some(sequence.entry);
+            }
         }
+    }
+
+    /// Leading rows of a sequence that others use, and leading rows that others can find, in any layer.
+    pub fn protected_rows(&self, sequence: &SequenceCache) -> (usize, usize) {
+        let (mut shared, mut published) = (0, 0);
+        for (pool, layer) in self.layers.iter().zip(&sequence.layers) {
+            let blocks = || layer.blocks.iter().map(|block| &pool.blocks[*block as usize]);
+            let end = |last: Option<usize>| last.map_or(0, |last| ((last + 1) * self.block_size).min(layer.len));
+            shared = shared.max(end(blocks().rposition(|block| block.references > 1)));
+            published = published.max(end(blocks().rposition(|block| block.entry.is_some())));
+        }
+        (shared, published)
     }
 
     /// Returns all blocks of a sequence; how many became usable, over all layers.

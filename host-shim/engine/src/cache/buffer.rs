@@ -96,6 +96,24 @@ impl KvBuffer {
         }
     }
 
+    /// Copies `len` elements from element `start` on to element `at`, within the buffer.
+    pub fn copy_within(&mut self, at: usize, start: usize, len: usize) {
+        match self {
+            Self::F32(data) => data.copy_within(start..start + len, at),
+            Self::F16(data) => data.copy_within(start..start + len, at),
+            Self::Bf16(data) => data.copy_within(start..start + len, at),
+        }
+    }
+
+    /// Address of the first element, to read from.
+    pub fn as_ptr(&self) -> *const c_void {
+        match self {
+            Self::F32(data) => data.as_ptr().cast(),
+            Self::F16(data) => data.as_ptr().cast(),
+            Self::Bf16(data) => data.as_ptr().cast(),
+        }
+    }
+
     /// Address of the first element, for describing the cache to the host. Valid until the buffer is replaced.
     pub fn as_mut_ptr(&mut self) -> *mut c_void {
         match self {

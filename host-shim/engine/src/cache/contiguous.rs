@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{KvBuffer, KvDtype, LayerView, RowLayout, SequenceId};
+use super::{KvBuffer, KvDtype, LayerPeek, LayerView, RowLayout, SequenceId};
 
 /// Rows that a new buffer has room for, and the granule to which a shrunk one is rounded.
 const MIN_ROWS: usize = 16;
@@ -10,14 +10,15 @@ const MIN_ROWS: usize = 16;
 /// The contiguous cache of one rank: buffers `[kv_heads, capacity, head_dim]`.
 #[derive(Debug)]
 pub struct ContiguousCache {
-    dtype: KvDtype,
     layers: usize,
     kv_heads: usize,
     head_dim: usize,
     sequences: HashMap<SequenceId, Vec<Buffers>>,
+    /// What a sequence has before its first row.
+    empty: Buffers,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Buffers {
     k: KvBuffer,
     v: KvBuffer,
@@ -27,17 +28,15 @@ struct Buffers {
 impl ContiguousCache {
     /// An empty cache.
     pub fn new(dtype: KvDtype, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
-        Self { dtype, layers, kv_heads, head_dim, sequences: HashMap::new() }
+        let empty = Buffers { k: KvBuffer::new(dtype, 0), v: KvBuffer::new(dtype, 0), capacity: 0 };
+        Self { layers, kv_heads, head_dim, sequences: HashMap::new(), empty }
     }
 
     /// A layer's buffers of a sequence, with room for `rows` rows; `kept` rows survive if they must move.
     pub fn layer(&mut self, sequence: SequenceId, layer: usize, kept: usize, rows: usize) -> LayerView<'_> {
-        let (dtype, heads, head_dim) = (self.dtype, self.kv_heads, self.head_dim);
-        let layers = self.layers;
-        let buffers = &mut self.sequences.entry(sequence).or_insert_with(|| {
-            let empty = |_| Buffers { k: KvBuffer::new(dtype, 0), v: KvBuffer::new(dtype, 0), capacity: 0 };
-            (0..layers).map(empty).collect()
-        })[layer];
+        let (heads, head_dim) = (self.kv_heads, self.head_dim);
+        let (layers, empty) = (self.layers, &self.empty);
+        let buffers = &mut self.sequences.entry(sequence).or_insert_with(|| vec![empty.clone(); layers])[layer];
         if rows > buffers.capacity {
             let capacity = rows.max(2 * buffers.capacity).max(MIN_ROWS);
             buffers.reallocate(capacity, kept, heads, head_dim);
@@ -45,6 +44,21 @@ impl ContiguousCache {
         // One block that holds the whole sequence; max(1) keeps the formula's division defined while it is empty.
         let layout = RowLayout::blocked(heads, buffers.capacity.max(1), head_dim);
         LayerView { k: &mut buffers.k, v: &mut buffers.v, layout }
+    }
+
+    /// A layer's buffers of a sequence, to look at: empty ones before its first row.
+    pub fn peek(&self, sequence: SequenceId, layer: usize) -> LayerPeek<'_> {
+        let (heads, head_dim) = (self.kv_heads, self.head_dim);
+        let buffers = self.sequences.get(&sequence).and_then(|layers| layers.get(layer)).unwrap_or(&self.empty);
+        let layout = RowLayout::blocked(heads, buffers.capacity.max(1), head_dim);
+        LayerPeek { k: &buffers.k, v: &buffers.v, layout }
+    }
+
+    /// Gives a sequence copies of another one's buffers.
+    pub fn fork(&mut self, sequence: SequenceId, fork: SequenceId) {
+        if let Some(layers) = self.sequences.get(&sequence) {
+            self.sequences.insert(fork, layers.clone());
+        }
     }
 
     /// Gives back the room beyond the first `rows` rows of a layer, and returns the bytes freed.

@@ -103,6 +103,17 @@ pub struct LayerView<'a> {
     pub layout: RowLayout,
 }
 
+/// K and V of one layer of one sequence on one rank, to look at.
+#[derive(Debug)]
+pub struct LayerPeek<'a> {
+    /// Keys.
+    pub k: &'a KvBuffer,
+    /// Values.
+    pub v: &'a KvBuffer,
+    /// Where rows lie.
+    pub layout: RowLayout,
+}
+
 impl LayerView<'_> {
     /// Writes one row of K and V, `[head_dim]` each.
     pub fn write(&mut self, table: &[u32], token: usize, head: usize, k: &[f32], v: &[f32]) {
@@ -154,6 +165,27 @@ impl RankCache {
             Self::Contiguous(cache) => cache.layer(sequence, layer, kept, rows),
             Self::Paged(cache) => cache.layer(layer),
         }
+    }
+
+    /// The layer's buffers for a sequence, to look at.
+    pub fn peek(&self, sequence: SequenceId, layer: usize) -> LayerPeek<'_> {
+        match self {
+            Self::Contiguous(cache) => cache.peek(sequence, layer),
+            Self::Paged(cache) => cache.peek(layer),
+        }
+    }
+
+    /// Rows of a block; `None` for a contiguous cache.
+    pub fn block_size(&self) -> Option<usize> {
+        match self {
+            Self::Contiguous(_) => None,
+            Self::Paged(cache) => Some(cache.block_size()),
+        }
+    }
+
+    /// Whether rows lie in blocks.
+    pub fn is_paged(&self) -> bool {
+        self.block_size().is_some()
     }
 
     /// Drops what a sequence holds outside the pool.

@@ -1,6 +1,6 @@
 //! A pool of blocks for each layer.
 
-use super::{KvBuffer, KvDtype, LayerView, RowLayout};
+use super::{KvBuffer, KvDtype, LayerPeek, LayerView, RowLayout};
 
 /// The paged cache of one rank: for each layer K and V of `[blocks, kv_heads, block_size, head_dim]`.
 #[derive(Debug)]
@@ -21,6 +21,26 @@ impl PagedCache {
     pub fn layer(&mut self, layer: usize) -> LayerView<'_> {
         let (k, v) = &mut self.layers[layer];
         LayerView { k, v, layout: self.layout }
+    }
+
+    /// A layer's pool, to look at.
+    pub fn peek(&self, layer: usize) -> LayerPeek<'_> {
+        let (k, v) = &self.layers[layer];
+        LayerPeek { k, v, layout: self.layout }
+    }
+
+    /// Copies the rows of a block of a layer to another block.
+    pub fn copy_block(&mut self, layer: usize, from: u32, to: u32) {
+        let (k, v) = &mut self.layers[layer];
+        let size = self.layout.stride_block;
+        for buffer in [k, v] {
+            buffer.copy_within(to as usize * size, from as usize * size, size);
+        }
+    }
+
+    /// Rows of a block.
+    pub fn block_size(&self) -> usize {
+        self.layout.block_size
     }
 
     /// Bytes allocated.

@@ -46,6 +46,12 @@ impl Config {
         self.heads / self.kv_heads
     }
 
+    /// Whether the RoPE frequencies are other than those of the base alone.
+    pub fn rope_is_scaled(&self) -> bool {
+        let plain = |pair: usize| self.rope_base.powf(-2.0 * pair as f64 / self.head_dim as f64);
+        self.rope_frequencies.iter().enumerate().any(|(pair, frequency)| *frequency != plain(pair))
+    }
+
     pub(super) fn read(gguf: &mut Gguf) -> Result<Self> {
         let architecture = gguf.string("general.architecture")?;
         if architecture != "llama" {

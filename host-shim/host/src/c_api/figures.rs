@@ -64,7 +64,11 @@ unsafe fn write_reasons(array: KvhArrayMut, reasons: &[KvhookReasonCount]) -> Re
 /// # Safety
 /// Arguments are null or as the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvhook_figures_json(host: *mut KvhookHost, out: *mut KvhText, error: *mut KvhText) -> KvhookStatus {
+pub unsafe extern "C" fn kvhook_figures_json(
+    host: *mut KvhookHost,
+    out: *mut KvhText,
+    error: *mut KvhText,
+) -> KvhookStatus {
     // SAFETY: the caller's arguments are as the header says.
     let body = || unsafe { give(out, &host_of(host)?.figures_json()) };
     // SAFETY: as above.

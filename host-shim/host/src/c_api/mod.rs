@@ -120,7 +120,8 @@ impl Numbers {
 fn slots<T: Growing>(array: KvhArrayMut, name: &str) -> Result<Vec<*mut T>, HostError> {
     let (count, stride) = (array.count as usize, array.stride as usize);
     let (data, align) = (array.data.cast::<u8>(), align_of::<T>());
-    let bad = data.is_null() || !data.cast::<T>().is_aligned() || !stride.is_multiple_of(align) || stride < T::FIRST_SIZE;
+    let bad =
+        data.is_null() || !data.cast::<T>().is_aligned() || !stride.is_multiple_of(align) || stride < T::FIRST_SIZE;
     if count > 0 && (bad || count.checked_mul(stride).is_none_or(|bytes| bytes > isize::MAX as usize)) {
         return Err(HostError::Argument(format!(
             "`{name}` is null or misaligned, or its stride of {stride} bytes is less than a {}'s {}",

@@ -107,8 +107,8 @@ pub unsafe extern "C" fn kvhook_cut(
     let body = || {
         // SAFETY: the caller's arguments are as the header says; an array's head is plain data.
         let (host, lengths) = unsafe { (host_of(host)?, lengths.as_ref()) };
-        let lengths = lengths
-            .ok_or_else(|| HostError::InvalidArgument { argument: "lengths", problem: "is null".to_owned() })?;
+        let lengths =
+            lengths.ok_or_else(|| HostError::InvalidArgument { argument: "lengths", problem: "is null".to_owned() })?;
         // SAFETY: as above.
         let lengths: Vec<u64> = unsafe { Values::new(*lengths, "lengths")? }.iter().collect();
         host.cut(uid, &lengths, next_position)

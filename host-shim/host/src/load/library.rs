@@ -132,6 +132,8 @@ impl Library {
             }
         }
         passed(Step::Agreement);
+        check_deep_layout(&handle)?;
+        passed(Step::DeepLayout);
 
         Ok(Self {
             id: id.to_owned(),
@@ -155,7 +157,8 @@ impl Library {
     #[doc(hidden)]
     pub unsafe fn from_entry(entry: *const KvhPluginEntry) -> Result<Self, HostError> {
         // SAFETY: passed on from the caller.
-        let entry = unsafe { boundary::read(entry, "entry") }.map_err(|error| HostError::BadEntry(error.to_string()))?;
+        let entry =
+            unsafe { boundary::read(entry, "entry") }.map_err(|error| HostError::BadEntry(error.to_string()))?;
         let id = static_text(entry.id, "id")?.to_owned();
         let hook: HookFn = present("the entry", entry.hook, "hook")?;
         Ok(Self {
@@ -195,6 +198,21 @@ pub(super) fn cached(
     let library = Arc::new(open()?);
     libraries.insert(hash, library.clone());
     Ok(library)
+}
+
+/// The second check between Rust and Rust, where the plugin exports its layouts.
+#[cfg(feature = "abi-stable")]
+fn check_deep_layout(handle: &Handle) -> Result<(), HostError> {
+    // SAFETY: only the symbol's address is used here.
+    let symbol = unsafe { handle.get::<*const std::ffi::c_void>(kvhook_abi::ids::KVH_RUST_LAYOUT_SYMBOL) };
+    let Ok(symbol) = symbol else { return Ok(()) };
+    // SAFETY: it is that symbol's address, and the library is never unloaded.
+    unsafe { kvhook_abi::deep::deep_check(symbol.as_raw_ptr()) }.map_err(HostError::Layout)
+}
+
+#[cfg(not(feature = "abi-stable"))]
+fn check_deep_layout(_: &Handle) -> Result<(), HostError> {
+    Ok(())
 }
 
 fn static_text(text: KvhStr, what: &str) -> Result<&'static str, HostError> {

@@ -38,11 +38,13 @@ pub enum Step {
     Functions,
     /// Entry and metadata agree.
     Agreement,
+    /// The second layout check, with feature `abi-stable` and where the plugin has it too.
+    DeepLayout,
 }
 
 impl Step {
     /// All steps, in order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Open,
         Self::Read,
         Self::Pin,
@@ -59,6 +61,7 @@ impl Step {
         Self::Fingerprints,
         Self::Functions,
         Self::Agreement,
+        Self::DeepLayout,
     ];
 
     /// What a passed step says.
@@ -80,6 +83,7 @@ impl Step {
             Self::Fingerprints => "every layout in its entry is known here",
             Self::Functions => "no function is null",
             Self::Agreement => "entry and metadata agree",
+            Self::DeepLayout => "the deep layout check found nothing, or host or plugin was built without it",
         }
     }
 }

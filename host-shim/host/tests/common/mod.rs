@@ -1,0 +1,767 @@
+//! A small engine that uses the C API and nothing else, and a plain model of what its cache must hold.
+#![allow(dead_code, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "tests")]
+
+pub mod plugin;
+
+use core::ffi::c_void;
+use core::ptr::{null, null_mut};
+use std::alloc::{Layout, alloc, dealloc};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use kvhook_abi::raw::*;
+use kvhook_host::c_api::*;
+use kvhook_host::host::Host;
+use kvhook_host::raw::*;
+use kvhook_host::spec::ArmSpec;
+use plugin::{Script, Style, chosen, fill, mix, rewritten_tag};
+
+pub const F32: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 32, lanes: 1 };
+pub const F16: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 16, lanes: 1 };
+pub const BF16: KvhDtype = KvhDtype { code: KVH_DTYPE_BFLOAT, bits: 16, lanes: 1 };
+pub const ALL: u64 = 0xff;
+/// Bytes of rows that no sequence holds.
+const UNUSED: u8 = 0xee;
+
+/// What an engine is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub ranks: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub k_dim: usize,
+    pub v_dim: usize,
+    pub dtype: KvhDtype,
+    /// 0: contiguous.
+    pub block_size: usize,
+    pub token_major: bool,
+    pub can: u64,
+}
+
+pub const SMALL: Shape =
+    Shape { ranks: 1, layers: 2, heads: 2, k_dim: 4, v_dim: 3, dtype: F32, block_size: 0, token_major: true, can: ALL };
+
+/// Counts what the host holds, and refuses one allocation.
+#[derive(Default)]
+pub struct Watch {
+    pub live: AtomicI64,
+    pub made: AtomicI64,
+    /// The allocation that is refused, counted from 0; negative: none.
+    pub refuse: AtomicI64,
+    pub log: Mutex<Vec<(i32, String)>>,
+}
+
+unsafe extern "C" fn allocate(context: *mut c_void, _: u32, bytes: u64, alignment: u64, _: *mut c_void) -> *mut c_void {
+    let watch = unsafe { &*context.cast::<Watch>() };
+    if watch.made.fetch_add(1, Ordering::SeqCst) == watch.refuse.load(Ordering::SeqCst) {
+        return null_mut();
+    }
+    watch.live.fetch_add(1, Ordering::SeqCst);
+    unsafe { alloc(Layout::from_size_align(bytes as usize, alignment as usize).unwrap()).cast() }
+}
+
+unsafe extern "C" fn free(context: *mut c_void, _: u32, data: *mut c_void, bytes: u64, alignment: u64, _: *mut c_void) {
+    let watch = unsafe { &*context.cast::<Watch>() };
+    watch.live.fetch_sub(1, Ordering::SeqCst);
+    // Whoever reads freed memory reads nonsense.
+    unsafe {
+        data.cast::<u8>().write_bytes(0xdd, bytes as usize);
+        dealloc(data.cast(), Layout::from_size_align(bytes as usize, alignment as usize).unwrap());
+    }
+}
+
+unsafe extern "C" fn log(context: *mut c_void, record: *const KvhLogRecord) {
+    let (watch, record) = unsafe { (&*context.cast::<Watch>(), &*record) };
+    let message = unsafe { kvhook_abi::boundary::text(record.message, "message") }.unwrap().to_owned();
+    watch.log.lock().unwrap().push((record.level, message));
+}
+
+/// A host with its watch.
+pub struct Engine {
+    pub raw: *mut KvhookHost,
+    pub shape: Shape,
+    pub watch: Box<Watch>,
+}
+
+unsafe impl Send for Engine {}
+unsafe impl Sync for Engine {}
+
+fn array<T>(elements: &[T]) -> KvhArray {
+    KvhArray { data: elements.as_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
+}
+
+fn array_mut<T>(elements: &mut [T]) -> KvhArrayMut {
+    KvhArrayMut { data: elements.as_mut_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
+}
+
+/// Calls a function of the C API with a buffer for its message.
+pub fn call(function: impl FnOnce(*mut KvhText) -> KvhookStatus) -> Result<(), (KvhookStatus, String)> {
+    let mut buffer = [0u8; 1024];
+    let mut text = KvhText::over(&mut buffer);
+    match function(&mut text) {
+        KVHOOK_OK => Ok(()),
+        status => Err((status, String::from_utf8(buffer[..text.length].to_vec()).unwrap())),
+    }
+}
+
+impl Engine {
+    pub fn new(shape: Shape) -> Self {
+        let watch = Box::new(Watch { refuse: AtomicI64::new(-1), ..Watch::default() });
+        let callbacks = KvhookCallbacks {
+            struct_size: size_of::<KvhookCallbacks>(),
+            context: (&raw const *watch).cast_mut().cast(),
+            log: Some(log),
+            log_max_level: None,
+            allocate: Some(allocate),
+            free: Some(free),
+        };
+        let info = || KvhLayerInfo {
+            struct_size: size_of::<KvhLayerInfo>(),
+            kind: KVH_LAYER_FULL,
+            flags: 0,
+            window: 0,
+            shared_with: -1,
+            kv_heads: shape.heads as u32,
+            q_heads: shape.heads as u32,
+            k_head_dim: shape.k_dim as u32,
+            v_head_dim: shape.v_dim as u32,
+        };
+        let infos: Vec<_> = (0..shape.layers).map(|_| info()).collect();
+        let models: Vec<_> = (0..shape.ranks)
+            .map(|rank| KvhModel {
+                struct_size: size_of::<KvhModel>(),
+                name: KvhStr::new("mock"),
+                rank: rank as u32,
+                ranks: shape.ranks as u32,
+                total_kv_heads: (shape.heads * shape.ranks) as u32,
+                first_kv_head: (shape.heads * rank) as u32,
+                device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
+                cache_dtype: shape.dtype,
+                position_axes: 1,
+                max_positions: 1 << 20,
+                rope_base: 1e4,
+                rope_frequencies: null(),
+                rotary_dim: 2,
+                rope_pairing: KVH_ROPE_HALF_SPLIT,
+                layers: array(&infos),
+            })
+            .collect();
+        let offers = KvhOffers {
+            struct_size: size_of::<KvhOffers>(),
+            can: shape.can,
+            max_window_queries: 64,
+            block_size: shape.block_size as u32,
+        };
+        let config = KvhookHostConfig {
+            struct_size: size_of::<KvhookHostConfig>(),
+            engine: KvhStr::new("mock 1"),
+            callbacks: &callbacks,
+            models: array(&models),
+            offers: &offers,
+            plugin_folders: array::<KvhStr>(&[]),
+            copy_folder: KvhStr::new(""),
+        };
+        let mut raw = null_mut();
+        call(|error| unsafe { kvhook_host_create(&config, &mut raw, error) }).unwrap();
+        Self { raw, shape, watch }
+    }
+
+    /// An engine with one arm, `arm`, that runs a script.
+    pub fn with(shape: Shape, script: &Arc<Script>) -> Self {
+        let engine = Self::new(shape);
+        engine.arm(&ArmSpec::new("arm", "scripted", script.register()));
+        engine
+    }
+
+    pub fn arm(&self, spec: &ArmSpec) {
+        unsafe { (*self.raw.cast::<Host>()).arm_set_entry(spec, plugin::entry()) }.unwrap();
+    }
+
+    pub fn begin_on(&self, arm: &str, key: &str, prompt_length: u64) -> Result<KvhookSequence, (KvhookStatus, String)> {
+        let begin = KvhookBegin {
+            struct_size: size_of::<KvhookBegin>(),
+            key: KvhStr::new(key),
+            arm: KvhStr::new(arm),
+            prompt_length,
+            segments: array::<KvhSegment>(&[]),
+        };
+        let mut out = KvhookSequence { struct_size: size_of::<KvhookSequence>(), ..unsafe { core::mem::zeroed() } };
+        call(|error| unsafe { kvhook_begin(self.raw, &begin, &mut out, error) })?;
+        Ok(out)
+    }
+
+    /// A sequence with a whole prompt in its cache.
+    pub fn begin(&self, prompt_length: u64) -> Cache {
+        let uid = self.begin_on("arm", "", prompt_length).unwrap().uid;
+        let mut cache = Cache::new(self.shape, uid, prompt_length as usize + 200);
+        cache.append(prompt_length);
+        cache
+    }
+
+    pub fn fork(&self, uid: u64) -> Result<u64, (KvhookStatus, String)> {
+        let mut out = KvhookSequence { struct_size: size_of::<KvhookSequence>(), ..unsafe { core::mem::zeroed() } };
+        call(|error| unsafe { kvhook_fork(self.raw, uid, &mut out, error) })?;
+        Ok(out.uid)
+    }
+
+    pub fn free(&self, uid: u64, reason: i32) -> Result<(), (KvhookStatus, String)> {
+        call(|error| unsafe { kvhook_free(self.raw, uid, reason, null_mut(), error) })
+    }
+
+    pub fn cut(&self, cache: &Cache) -> Result<(), (KvhookStatus, String)> {
+        let lengths = cache.lengths(0);
+        let lengths = array(&lengths);
+        call(|error| unsafe { kvhook_cut(self.raw, cache.uid, &lengths, cache.next_position, error) })
+    }
+
+    /// Decision, reason, counts.
+    pub fn ask(&self, cache: &Cache, event: i32) -> (i32, i32, Vec<u64>) {
+        self.ask_shared(cache, event, 0, 0).unwrap()
+    }
+
+    pub fn ask_shared(
+        &self,
+        cache: &Cache,
+        event: i32,
+        shared_rows: u64,
+        published_rows: u64,
+    ) -> Result<(i32, i32, Vec<u64>), (KvhookStatus, String)> {
+        let lengths = cache.lengths(0);
+        let ask = KvhookAsk {
+            struct_size: size_of::<KvhookAsk>(),
+            uid: cache.uid,
+            event,
+            reserved0: 0,
+            lengths: array(&lengths),
+            next_position: cache.next_position,
+            shared_rows,
+            published_rows,
+        };
+        let mut counts = vec![0u64; lengths.len()];
+        let mut out = KvhookAnswer {
+            struct_size: size_of::<KvhookAnswer>(),
+            decision: -1,
+            reason: -1,
+            counts: array_mut(&mut counts),
+        };
+        call(|error| unsafe { kvhook_ask(self.raw, &ask, &mut out, error) })?;
+        Ok((out.decision, out.reason, counts))
+    }
+
+    /// Prepares sequences on one rank: ticket and reason of each.
+    pub fn prepare_all(
+        &self,
+        rank: usize,
+        caches: &[&Cache],
+        event: i32,
+        fresh: bool,
+        shared_rows: u64,
+    ) -> Result<Vec<(u64, i32)>, (KvhookStatus, String)> {
+        let layers: Vec<Vec<KvhLayer>> = caches.iter().map(|cache| cache.layers(rank)).collect();
+        let mut sequences: Vec<_> = caches
+            .iter()
+            .zip(&layers)
+            .map(|(cache, layers)| KvhookPrepareSequence {
+                struct_size: size_of::<KvhookPrepareSequence>(),
+                uid: cache.uid,
+                event,
+                fresh: fresh.into(),
+                layers: array(layers),
+                next_position: cache.next_position,
+                shared_rows,
+                published_rows: 0,
+                ticket: 99,
+                reason: -1,
+                reserved1: 0,
+            })
+            .collect();
+        let elements = array_mut(&mut sequences);
+        call(|error| unsafe { kvhook_prepare(self.raw, rank as u32, elements, null_mut(), error) })?;
+        Ok(sequences.iter().map(|sequence| (sequence.ticket, sequence.reason)).collect())
+    }
+
+    pub fn prepare(&self, rank: usize, cache: &Cache, event: i32, fresh: bool) -> (u64, i32) {
+        self.prepare_all(rank, &[cache], event, fresh, 0).unwrap()[0]
+    }
+
+    /// Asks and prepares on all ranks; the ticket, or the first reason for a keep.
+    pub fn plan(&self, cache: &mut Cache, event: i32, fresh: bool) -> Result<u64, i32> {
+        let (decision, reason, _) = self.ask(cache, event);
+        if decision == KVHOOK_DECISION_KEEP {
+            return Err(reason);
+        }
+        cache.remember_plan();
+        let answers: Vec<_> = (0..self.shape.ranks).map(|rank| self.prepare(rank, cache, event, fresh)).collect();
+        match answers.iter().find(|answer| answer.0 == 0 && answer.1 != KVHOOK_REASON_OTHER_RANK) {
+            Some(&(_, reason)) => Err(reason),
+            None => Ok(answers[0].0),
+        }
+    }
+
+    /// Verdict, reason, movement, counts.
+    pub fn verdict(&self, ticket: u64) -> Result<(i32, i32, i32, Vec<u64>), (KvhookStatus, String)> {
+        let mut counts = vec![0u64; self.shape.layers];
+        let mut out = KvhookVerdict {
+            struct_size: size_of::<KvhookVerdict>(),
+            verdict: -1,
+            reason: -1,
+            movement: -1,
+            reserved0: 0,
+            planned_position: 0,
+            counts: array_mut(&mut counts),
+        };
+        call(|error| unsafe { kvhook_verdict(self.raw, ticket, &mut out, error) })?;
+        Ok((out.verdict, out.reason, out.movement, counts))
+    }
+
+    pub fn drop_ticket(&self, ticket: u64, reason: i32) -> Result<(), (KvhookStatus, String)> {
+        call(|error| unsafe { kvhook_drop(self.raw, ticket, reason, error) })
+    }
+
+    /// Commits on one rank, into the cache's fresh rows if it has some. Gives lengths and next position.
+    pub fn commit_rank(
+        &self,
+        rank: usize,
+        cache: &Cache,
+        ticket: u64,
+        fresh: Option<&Cache>,
+    ) -> Result<(Vec<u64>, u64), (KvhookStatus, String)> {
+        let layers = cache.layers(rank);
+        let fresh = fresh.map_or(Vec::new(), |fresh| fresh.room(rank));
+        let mut lengths = vec![0u64; self.shape.layers];
+        let mut commit = KvhookCommit {
+            struct_size: size_of::<KvhookCommit>(),
+            ticket,
+            layers: array(&layers),
+            fresh: array(&fresh),
+            next_position: cache.next_position,
+            stream: null_mut(),
+            lengths: array_mut(&mut lengths),
+            new_next_position: 0,
+        };
+        call(|error| unsafe { kvhook_commit(self.raw, rank as u32, &mut commit, error) })?;
+        Ok((lengths, commit.new_next_position))
+    }
+
+    /// Carries out a ticket on all ranks, however its rows move, and tells the model.
+    pub fn commit(&self, cache: &mut Cache, script: &Script, ticket: u64) {
+        let (verdict, _, movement, _) = self.verdict(ticket).unwrap();
+        assert_eq!(verdict, KVHOOK_VERDICT_READY);
+        let style = *script.style.lock().unwrap();
+        let mut edits = Vec::new();
+        if movement == KVHOOK_MOVE_TABLE {
+            edits = self.table_edit(ticket).unwrap();
+        }
+        let mut fresh = (movement == KVHOOK_MOVE_FRESH).then(|| Cache::new(self.shape, cache.uid, cache.capacity));
+        let mut next_position = cache.next_position;
+        for rank in 0..self.shape.ranks {
+            let (lengths, next) = self.commit_rank(rank, cache, ticket, fresh.as_ref()).unwrap();
+            cache.expect_commit(rank, script, style);
+            assert_eq!(lengths, cache.lengths(rank));
+            next_position = next;
+        }
+        if style == Style::Rerotate {
+            assert_eq!(next_position, cache.rows[0][0][0].len() as u64);
+        } else {
+            assert_eq!(next_position, cache.next_position);
+        }
+        cache.next_position = next_position;
+        if let Some(fresh) = &mut fresh {
+            core::mem::swap(&mut cache.stores, &mut fresh.stores);
+        }
+        for stores in cache.stores.iter_mut().filter(|_| movement == KVHOOK_MOVE_TABLE) {
+            for (store, kept) in stores.iter_mut().zip(&edits) {
+                let planned = cache.planned_lengths[0].div_ceil(self.shape.block_size as u64) as usize;
+                let later = store.table.split_off(planned);
+                store.table = kept.iter().map(|&block| store.table[block as usize]).chain(later).collect();
+            }
+        }
+        cache.epoch += 1;
+        assert_eq!(self.verdict(ticket).unwrap_err().0, KVHOOK_ERR_UNKNOWN_TICKET);
+        self.verify(cache);
+    }
+
+    pub fn table_edit(&self, ticket: u64) -> Result<Vec<Vec<u32>>, (KvhookStatus, String)> {
+        let mut edits: Vec<_> = (0..self.shape.layers)
+            .map(|_| KvhookTableEdit { struct_size: size_of::<KvhookTableEdit>(), blocks: null(), count: 0 })
+            .collect();
+        let elements = array_mut(&mut edits);
+        call(|error| unsafe { kvhook_table_edit(self.raw, ticket, elements, error) })?;
+        let blocks = |edit: &KvhookTableEdit| unsafe { core::slice::from_raw_parts(edit.blocks, edit.count as usize) };
+        Ok(edits.iter().map(|edit| blocks(edit).to_vec()).collect())
+    }
+
+    /// Both halves in one call: decision and reason.
+    pub fn compress(&self, cache: &mut Cache, script: &Script, event: i32) -> (i32, i32) {
+        cache.remember_plan();
+        let (lengths, layers) = (cache.lengths(0), cache.layers(0));
+        let ask = KvhookAsk {
+            struct_size: size_of::<KvhookAsk>(),
+            uid: cache.uid,
+            event,
+            reserved0: 0,
+            lengths: array(&lengths),
+            next_position: cache.next_position,
+            shared_rows: 0,
+            published_rows: 0,
+        };
+        let mut after = vec![0u64; lengths.len()];
+        let mut commit = KvhookCommit {
+            struct_size: size_of::<KvhookCommit>(),
+            ticket: 0,
+            layers: array(&layers),
+            fresh: array::<KvhLayer>(&[]),
+            next_position: 0,
+            stream: null_mut(),
+            lengths: array_mut(&mut after),
+            new_next_position: 0,
+        };
+        let mut answer = KvhookAnswer {
+            struct_size: size_of::<KvhookAnswer>(),
+            decision: -1,
+            reason: -1,
+            counts: array_mut::<u64>(&mut []),
+        };
+        call(|error| unsafe { kvhook_compress(self.raw, &ask, &mut commit, &mut answer, error) }).unwrap();
+        if answer.decision != KVHOOK_DECISION_KEEP {
+            cache.expect_commit(0, script, *script.style.lock().unwrap());
+            cache.epoch += 1;
+        }
+        assert_eq!(after, cache.lengths(0));
+        (answer.decision, answer.reason)
+    }
+
+    /// Shows the queries of `tokens` tokens from `first` on, in each layer.
+    pub fn attend(&self, caches: &[&Cache], rank: usize, first: u64, tokens: u64, phase: u32) {
+        for layer in 0..self.shape.layers {
+            let layers: Vec<Vec<KvhLayer>> = caches.iter().map(|cache| cache.layers(rank)).collect();
+            let sequences: Vec<_> = caches
+                .iter()
+                .zip(&layers)
+                .map(|(cache, layers)| KvhStepSequence {
+                    struct_size: size_of::<KvhStepSequence>(),
+                    uid: cache.uid,
+                    first_token: 0,
+                    tokens,
+                    first_position: first,
+                    prompt_length: cache.prompt_length,
+                    flags: 0,
+                    phase,
+                    cache: &layers[layer],
+                })
+                .collect();
+            let step = KvhookStep {
+                struct_size: size_of::<KvhookStep>(),
+                layer: layer as u32,
+                reserved0: 0,
+                q: null(),
+                k: null(),
+                v: null(),
+                sequences: array(&sequences),
+                stream: null_mut(),
+            };
+            call(|error| unsafe { kvhook_before_attention(self.raw, rank as u32, &step, error) }).unwrap();
+        }
+    }
+
+    pub fn figures(&self, arm: &str) -> (KvhookFigures, Vec<(i32, u64)>) {
+        let none = KvhookReasonCount { reason: 0, reserved0: 0, count: 0 };
+        let mut reasons = [none; 32];
+        let mut out = KvhookFigures {
+            struct_size: size_of::<KvhookFigures>(),
+            reasons: array_mut(&mut reasons),
+            ..unsafe { core::mem::zeroed() }
+        };
+        call(|error| unsafe { kvhook_figures(self.raw, KvhStr::new(arm), &mut out, error) }).unwrap();
+        let written = out.reasons.count as usize;
+        (out, reasons[..written].iter().map(|entry| (entry.reason, entry.count)).collect())
+    }
+
+    pub fn fallbacks(&self, reason: i32) -> u64 {
+        self.figures("arm").1.iter().find(|entry| entry.0 == reason).map_or(0, |entry| entry.1)
+    }
+
+    /// Bytes and positions of every row, and the bytes of unused rows.
+    pub fn verify(&self, cache: &Cache) {
+        cache.verify_bytes();
+        for rank in 0..self.shape.ranks {
+            for layer in 0..self.shape.layers {
+                let mut out = KvhPositions { data: null(), stride_head: 0, count: 0 };
+                call(|error| unsafe {
+                    kvhook_positions(self.raw, rank as u32, cache.uid, layer as u32, &mut out, error)
+                })
+                .unwrap();
+                for (head, rows) in cache.rows[rank][layer].iter().enumerate() {
+                    for (place, &(position, _)) in rows.iter().enumerate() {
+                        let found = if (place as u64) < out.count {
+                            let at = head as i64 * out.stride_head + place as i64;
+                            u64::from(unsafe { out.data.offset(at as isize).read() })
+                        } else {
+                            cache.next_position - (rows.len() - place) as u64
+                        };
+                        assert_eq!(found, position, "rank {rank}, layer {layer}, head {head}, row {place}");
+                    }
+                }
+            }
+        }
+    }
+
+    pub fn destroy(&mut self) {
+        unsafe { kvhook_host_destroy(self.raw) };
+        self.raw = null_mut();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.destroy();
+        if !std::thread::panicking() {
+            assert_eq!(self.watch.live.load(Ordering::SeqCst), 0, "memory that was not given back");
+        }
+    }
+}
+
+/// K and V of one layer on one rank.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Store {
+    k: Vec<u8>,
+    v: Vec<u8>,
+    pub table: Vec<i32>,
+}
+
+/// The rows of a sequence: as bytes, and as the model says that they must be: for each rank, layer and head the
+/// (position, tag) of each row.
+#[derive(Clone)]
+pub struct Cache {
+    pub uid: u64,
+    pub shape: Shape,
+    pub capacity: usize,
+    pub prompt_length: u64,
+    pub next_position: u64,
+    pub epoch: u64,
+    pub stores: Vec<Vec<Store>>,
+    pub rows: Vec<Vec<Vec<Vec<(u64, u64)>>>>,
+    pub planned_lengths: Vec<u64>,
+}
+
+impl Cache {
+    pub fn new(shape: Shape, uid: u64, capacity: usize) -> Self {
+        let capacity = capacity.next_multiple_of(shape.block_size.max(1));
+        let element = usize::from(shape.dtype.bits / 8);
+        // A pool twice as large as needed, so that blocks stand apart.
+        let pool = if shape.block_size == 0 { capacity } else { 2 * capacity };
+        let blocks = capacity.checked_div(shape.block_size).unwrap_or(0);
+        let store = |seed: u64| {
+            let mut numbers: Vec<i32> = (0..2 * blocks as i32).collect();
+            numbers.sort_by_key(|&number| mix(&[seed, number as u64]));
+            numbers.truncate(blocks);
+            Store {
+                k: vec![UNUSED; pool * shape.heads * shape.k_dim * element],
+                v: vec![UNUSED; pool * shape.heads * shape.v_dim * element],
+                table: numbers,
+            }
+        };
+        Self {
+            uid,
+            shape,
+            capacity,
+            prompt_length: 0,
+            next_position: 0,
+            epoch: 0,
+            stores: (0..shape.ranks)
+                .map(|rank| (0..shape.layers).map(|layer| store((rank * 100 + layer) as u64)).collect())
+                .collect(),
+            rows: vec![vec![vec![Vec::new(); shape.heads]; shape.layers]; shape.ranks],
+            planned_lengths: Vec::new(),
+        }
+    }
+
+    pub fn lengths(&self, rank: usize) -> Vec<u64> {
+        self.rows[rank].iter().map(|heads| heads[0].len() as u64).collect()
+    }
+
+    fn row_bytes(&self, dim: usize) -> usize {
+        dim * usize::from(self.shape.dtype.bits / 8)
+    }
+
+    /// Where a row starts, in bytes.
+    fn at(&self, store: &Store, dim: usize, token: usize, head: usize) -> usize {
+        let (heads, size, row) = (self.shape.heads, self.shape.block_size, self.row_bytes(dim));
+        let index = match (size, self.shape.token_major) {
+            (0, true) => token * heads + head,
+            (0, false) => head * self.capacity + token,
+            (_, true) => (store.table[token / size] as usize * size + token % size) * heads + head,
+            (_, false) => (store.table[token / size] as usize * heads + head) * size + token % size,
+        };
+        index * row
+    }
+
+    /// Adds tokens to every layer.
+    pub fn append(&mut self, tokens: u64) {
+        if self.prompt_length == 0 {
+            self.prompt_length = tokens;
+        }
+        for _ in 0..tokens {
+            for rank in 0..self.shape.ranks {
+                for layer in 0..self.shape.layers {
+                    for head in 0..self.shape.heads {
+                        let tag = mix(&[self.uid, rank as u64, layer as u64, head as u64, self.next_position]);
+                        let place = self.rows[rank][layer][head].len();
+                        self.rows[rank][layer][head].push((self.next_position, tag));
+                        self.write(rank, layer, head, place, tag);
+                    }
+                }
+            }
+            self.next_position += 1;
+        }
+    }
+
+    fn write(&mut self, rank: usize, layer: usize, head: usize, place: usize, tag: u64) {
+        for (which, dim) in [(0, self.shape.k_dim), (1, self.shape.v_dim)] {
+            let at = self.at(&self.stores[rank][layer], dim, place, head);
+            let bytes = self.row_bytes(dim);
+            let store = &mut self.stores[rank][layer];
+            let data = if which == 0 { &mut store.k } else { &mut store.v };
+            fill(&mut data[at..at + bytes], tag, which);
+        }
+    }
+
+    /// Takes the last tokens away.
+    pub fn truncate(&mut self, tokens: u64) {
+        for heads in self.rows.iter_mut().flatten() {
+            for rows in heads.iter_mut() {
+                rows.truncate(rows.len() - tokens as usize);
+            }
+        }
+        self.next_position -= tokens;
+    }
+
+    pub fn remember_plan(&mut self) {
+        self.planned_lengths = self.lengths(0);
+    }
+
+    /// What a commit must do to one rank: the chosen rows of those that were planned, then the later ones.
+    fn expect_commit(&mut self, rank: usize, script: &Script, style: Style) {
+        for layer in 0..self.shape.layers {
+            let planned = self.planned_lengths[layer];
+            let count = (script.count)(layer, planned);
+            for head in 0..self.shape.heads {
+                let key = [self.uid, self.epoch, rank as u64, layer as u64];
+                let kept = chosen(style, key, head as u64, planned, count);
+                let rows = &mut self.rows[rank][layer][head];
+                let later = rows.split_off(planned as usize);
+                let place = |(place, row): (usize, u64)| {
+                    let (position, tag) = rows[row as usize];
+                    let new = rewritten_tag(self.uid, rank as u64, layer as u64, head as u64, place as u64);
+                    match style {
+                        Style::Rewrite => (position, new),
+                        Style::Rerotate => (place as u64, new),
+                        _ => (position, tag),
+                    }
+                };
+                *rows = kept.into_iter().enumerate().map(place).chain(later).collect();
+            }
+        }
+    }
+
+    /// As [`Cache::expect_commit`], on every rank.
+    pub fn expect_all(&mut self, script: &Script) {
+        for rank in 0..self.shape.ranks {
+            self.expect_commit(rank, script, *script.style.lock().unwrap());
+        }
+        self.epoch += 1;
+    }
+
+    /// Whether rows are gone that were planned.
+    pub fn below_plan(&self) -> bool {
+        self.lengths(0).iter().zip(&self.planned_lengths).any(|(now, planned)| now < planned)
+    }
+
+    fn raw_layers(&self, rank: usize, lengths: &[u64]) -> Vec<KvhLayer> {
+        let rows = |data: &Vec<u8>, dim: usize| {
+            let (row, heads, size) = (self.row_bytes(dim), self.shape.heads, self.shape.block_size);
+            let (token, head, block) = match (size, self.shape.token_major) {
+                (_, true) => (row * heads, row, row * heads * size),
+                (0, false) => (row, row * self.capacity, 0),
+                (_, false) => (row, row * size, row * size * heads),
+            };
+            KvhRows {
+                base: data.as_ptr().cast_mut().cast(),
+                stride_block: block as i64,
+                stride_token: token as i64,
+                stride_head: head as i64,
+                stride_element: i64::from(self.shape.dtype.bits / 8),
+                head_dim: dim as u32,
+                dtype: self.shape.dtype,
+            }
+        };
+        let layer = |(layer, store): (usize, &Store)| KvhLayer {
+            struct_size: size_of::<KvhLayer>(),
+            layer: layer as u32,
+            kind: KVH_LAYER_FULL,
+            flags: 0,
+            window: 0,
+            shared_with: -1,
+            kv_heads: self.shape.heads as u32,
+            block_size: self.shape.block_size as u32,
+            reserved0: 0,
+            length: lengths[layer],
+            k: rows(&store.k, self.shape.k_dim),
+            v: rows(&store.v, self.shape.v_dim),
+            table: KvhBlockTable {
+                data: if store.table.is_empty() { null() } else { store.table.as_ptr().cast() },
+                stride_head: 0,
+                count: store.table.len() as u32,
+                dtype: KvhDtype { code: KVH_DTYPE_INT, bits: 32, lanes: 1 },
+            },
+            positions: KvhPositions { data: null(), stride_head: 0, count: 0 },
+        };
+        self.stores[rank].iter().enumerate().map(layer).collect()
+    }
+
+    /// The rows as they are.
+    pub fn layers(&self, rank: usize) -> Vec<KvhLayer> {
+        self.raw_layers(rank, &self.lengths(rank))
+    }
+
+    /// All rows, as fresh ones.
+    fn room(&self, rank: usize) -> Vec<KvhLayer> {
+        self.raw_layers(rank, &vec![self.capacity as u64; self.shape.layers])
+    }
+
+    /// Every row holds the bytes of its tag.
+    pub fn verify_bytes(&self) {
+        for (rank, stores) in self.stores.iter().enumerate() {
+            for (layer, store) in stores.iter().enumerate() {
+                for (head, rows) in self.rows[rank][layer].iter().enumerate() {
+                    for (place, &(position, tag)) in rows.iter().enumerate() {
+                        for (which, dim, data) in [(0, self.shape.k_dim, &store.k), (1, self.shape.v_dim, &store.v)] {
+                            let mut expected = vec![0; self.row_bytes(dim)];
+                            fill(&mut expected, tag, which);
+                            let at = self.at(store, dim, place, head);
+                            assert_eq!(
+                                data[at..at + expected.len()],
+                                expected,
+                                "rank {rank}, layer {layer}, head {head}, row {place} (position {position}), {}",
+                                ["K", "V"][which as usize]
+                            );
+                        }
+                    }
+                }
+                self.verify_unused(store);
+            }
+        }
+    }
+
+    /// Blocks that no table ever named are as they were.
+    fn verify_unused(&self, store: &Store) {
+        let size = self.shape.block_size;
+        let bytes = size * self.shape.heads * self.row_bytes(self.shape.k_dim);
+        let all = (2 * self.capacity).checked_div(size).unwrap_or(0);
+        let never = Self::new(self.shape, 0, self.capacity).stores;
+        let named = |block: i32| never.iter().flatten().any(|store| store.table.contains(&block));
+        for block in (0..all).filter(|&block| !store.table.contains(&(block as i32)) && !named(block as i32)) {
+            assert!(store.k[block * bytes..][..bytes].iter().all(|&byte| byte == UNUSED), "block {block} was written");
+        }
+    }
+}

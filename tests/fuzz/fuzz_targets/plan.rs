@@ -1,0 +1,407 @@
+//! Plans that say anything, from a plugin inside this program: a plan that breaks a rule changes no byte of the cache; a
+//! good one gives what a plain reading of it says. The arrays of a plan are as large as the contract asks for, or null, and
+//! are gone when the plugin has answered: the host must have copied what it needs.
+
+#![no_main]
+
+use std::sync::{Arc, LazyLock, Mutex};
+
+use arbitrary::Arbitrary;
+use kvhook_abi::raw::*;
+use kvhook_fuzz::mock::plugin::{Script, Style, rewritten_tag};
+use kvhook_fuzz::mock::{ALL, BF16, Cache, Engine, F32, SMALL, Shape};
+use kvhook_fuzz::rows::Before;
+use kvhook_host::raw::*;
+use kvhook_host::spec::ArmSpec;
+use libfuzzer_sys::fuzz_target;
+
+const LAYERS: usize = 2;
+const HEADS: usize = 2;
+/// Rows never become more.
+const CAPACITY: usize = 128;
+const BLOCK: usize = 4;
+/// Elements of every array of a plan: more than any count and stride that the host reads by.
+const ROOM: usize = 512;
+const EMPTY: KvhRange = KvhRange { start: 0, length: 0 };
+/// Offers that an engine may lack.
+const OPTIONAL: [u64; 4] = [KVH_CAN_LAYER_COUNTS, KVH_CAN_DATA_COUNTS, KVH_CAN_REWRITE, KVH_CAN_MOVE_POSITIONS];
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    paged: bool,
+    token_major: bool,
+    half: bool,
+    two_ranks: bool,
+    lacks: [bool; OPTIONAL.len()],
+    data_counts: bool,
+    prompt: u8,
+    /// Share of a layer's rows that is kept, over 256.
+    keep: [u8; LAYERS],
+    rounds: Vec<Round>,
+}
+
+#[derive(Arbitrary, Debug)]
+struct Round {
+    style: u8,
+    fresh: bool,
+    shared: u8,
+    published: u8,
+    late: u8,
+    edits: Vec<Edit>,
+    /// 0: both ranks' plans are edited.
+    edited_rank: u8,
+}
+
+/// A change of a plan that was good.
+#[derive(Arbitrary, Clone, Debug)]
+enum Edit {
+    Kind(i8),
+    Reason(i32),
+    Flags(u8),
+    Next(u8),
+    HugeNext(u64),
+    /// The host's own fields are overwritten.
+    Clobber,
+    Layer(u8, LayerEdit),
+}
+
+#[derive(Arbitrary, Clone, Debug)]
+enum LayerEdit {
+    Count(u8),
+    HugeCount(u32),
+    RangeCount(u8),
+    HugeRangeCount(u32),
+    Index(u8, u8),
+    HugeIndex(u8, u32),
+    Indices(Vec<u8>),
+    NoIndices,
+    IndexStride(i8),
+    ExtremeIndexStride(bool),
+    Range(u8, u8, u8),
+    HugeRange(u8, u64, u64),
+    Ranges(Vec<(u8, u8)>),
+    NoRanges,
+    Position(u8, u8),
+    HugePosition(u8, u32),
+    Positions(Vec<u8>),
+    NoPositions,
+    PositionStride(i8),
+    ExtremePositionStride(bool),
+}
+
+/// One layer of a plan, with arrays of its own.
+#[derive(Clone, Default)]
+struct Layer {
+    count: u32,
+    range_count: u32,
+    indices: Option<Vec<u32>>,
+    index_stride: i64,
+    ranges: Option<Vec<KvhRange>>,
+    positions: Option<Vec<u32>>,
+    position_stride: i64,
+}
+
+/// A plan as it went out.
+#[derive(Clone, Default)]
+struct Sent {
+    kind: i32,
+    flags: u32,
+    next_position: u64,
+    layers: Vec<Layer>,
+}
+
+/// What the plugin is to do, and what it did, by rank.
+#[derive(Default)]
+struct Scene {
+    keep: [u8; LAYERS],
+    edits: Vec<Edit>,
+    edited_rank: u8,
+    sent: Option<Sent>,
+}
+
+static SCENE: LazyLock<Mutex<Scene>> = LazyLock::new(Mutex::default);
+/// Without and with counts that depend on data, and their configs.
+static SCRIPTS: LazyLock<[(Arc<Script>, String); 2]> = LazyLock::new(|| {
+    [0, KVH_CAN_DATA_COUNTS].map(|must| {
+        let tamper: kvhook_fuzz::mock::plugin::Tamper = Box::new(tamper);
+        let count = |layer: usize, length: u64| bound(scene().keep[layer], length);
+        let script = Script { must, count: Box::new(count), tamper: Some(tamper).into(), ..Script::default() };
+        let script = Arc::new(script);
+        let config = script.register();
+        (script, config)
+    })
+});
+
+fn scene() -> std::sync::MutexGuard<'static, Scene> {
+    SCENE.lock().expect("no panic is survived")
+}
+
+fn bound(keep: u8, length: u64) -> u64 {
+    (length * u64::from(keep) / 256).max(1).min(length)
+}
+
+/// Copies `data` into an array with room.
+fn own<T: Copy>(data: &[T], fill: T) -> Vec<T> {
+    let mut array = vec![fill; ROOM];
+    for (to, from) in array.iter_mut().zip(data) {
+        *to = *from;
+    }
+    array
+}
+
+/// # Safety
+/// `data` is null or points to `count` elements.
+unsafe fn copied<T: Copy>(data: *const T, count: usize, fill: T) -> Option<Vec<T>> {
+    // SAFETY: passed on from the caller.
+    (!data.is_null()).then(|| own(unsafe { core::slice::from_raw_parts(data, count) }, fill))
+}
+
+fn tamper(rank: u32, plan: &mut KvhPlan, layers: &mut [KvhLayerPlan]) {
+    let mut scene = scene();
+    let lists = |stride: i64, count: u32| count as usize * if stride == 0 { 1 } else { HEADS };
+    let mut sent = Sent { kind: plan.kind, flags: plan.flags, next_position: plan.next_position, layers: Vec::new() };
+    for raw in layers.iter() {
+        // SAFETY: the scripted plugin filled the plan.
+        sent.layers.push(unsafe {
+            Layer {
+                count: raw.count,
+                range_count: raw.range_count,
+                indices: copied(raw.indices, lists(raw.index_stride_head, raw.count), 0),
+                index_stride: raw.index_stride_head,
+                ranges: copied(raw.ranges, raw.range_count as usize, EMPTY),
+                positions: copied(raw.positions, lists(raw.position_stride_head, raw.count), 0),
+                position_stride: raw.position_stride_head,
+            }
+        });
+    }
+    let edited = scene.edited_rank == 0 || u32::from(scene.edited_rank) == rank + 1;
+    for edit in scene.edits.iter().filter(|_| edited) {
+        if let Edit::Reason(reason) = edit {
+            plan.reason = *reason;
+        }
+        if let Edit::Clobber = edit {
+            plan.struct_size = 0;
+            plan.message = core::ptr::null_mut();
+            plan.layers = KvhArrayMut { data: core::ptr::null_mut(), count: u64::MAX, stride: 1 };
+        }
+        sent.edit(edit);
+    }
+    (plan.kind, plan.flags, plan.next_position) = (sent.kind, sent.flags, sent.next_position);
+    for (raw, layer) in layers.iter_mut().zip(&sent.layers) {
+        (raw.count, raw.range_count) = (layer.count, layer.range_count);
+        raw.indices = layer.indices.as_ref().map_or(core::ptr::null(), |array| array.as_ptr());
+        raw.index_stride_head = layer.index_stride;
+        raw.ranges = layer.ranges.as_ref().map_or(core::ptr::null(), |array| array.as_ptr());
+        raw.positions = layer.positions.as_ref().map_or(core::ptr::null(), |array| array.as_ptr());
+        raw.position_stride_head = layer.position_stride;
+    }
+    scene.sent = Some(sent);
+}
+
+impl Sent {
+    fn edit(&mut self, edit: &Edit) {
+        match edit {
+            Edit::Kind(kind) => self.kind = (*kind).into(),
+            Edit::Reason(_) | Edit::Clobber => {}
+            Edit::Flags(flags) => self.flags = (*flags).into(),
+            Edit::Next(next) => self.next_position = (*next).into(),
+            Edit::HugeNext(next) => self.next_position = *next,
+            Edit::Layer(layer, edit) => self.layers[usize::from(*layer) % LAYERS].edit(edit),
+        }
+    }
+}
+
+impl Layer {
+    fn edit(&mut self, edit: &LayerEdit) {
+        let array = |values: &[u8]| Some(own(&values.iter().map(|&value| value.into()).collect::<Vec<u32>>(), 0));
+        let extreme = |low: bool| if low { i64::MIN } else { i64::MAX };
+        match edit {
+            LayerEdit::Count(count) => self.count = (*count).into(),
+            LayerEdit::HugeCount(count) => self.count = *count,
+            LayerEdit::RangeCount(count) => self.range_count = (*count).into(),
+            LayerEdit::HugeRangeCount(count) => self.range_count = *count,
+            LayerEdit::Index(place, row) => set(&mut self.indices, *place, (*row).into()),
+            LayerEdit::HugeIndex(place, row) => set(&mut self.indices, *place, *row),
+            LayerEdit::Indices(rows) => self.indices = array(rows),
+            LayerEdit::NoIndices => self.indices = None,
+            LayerEdit::IndexStride(stride) => self.index_stride = (*stride).into(),
+            LayerEdit::ExtremeIndexStride(low) => self.index_stride = extreme(*low),
+            LayerEdit::Range(place, start, length) => {
+                set(&mut self.ranges, *place, KvhRange { start: (*start).into(), length: (*length).into() });
+            }
+            LayerEdit::HugeRange(place, start, length) => {
+                set(&mut self.ranges, *place, KvhRange { start: *start, length: *length });
+            }
+            LayerEdit::Ranges(ranges) => {
+                let ranges: Vec<_> = ranges
+                    .iter()
+                    .map(|&(start, length)| KvhRange { start: start.into(), length: length.into() })
+                    .collect();
+                self.ranges = Some(own(&ranges, EMPTY));
+                self.range_count = ranges.len() as u32;
+            }
+            LayerEdit::NoRanges => self.ranges = None,
+            LayerEdit::Position(place, position) => set(&mut self.positions, *place, (*position).into()),
+            LayerEdit::HugePosition(place, position) => set(&mut self.positions, *place, *position),
+            LayerEdit::Positions(positions) => self.positions = array(positions),
+            LayerEdit::NoPositions => self.positions = None,
+            LayerEdit::PositionStride(stride) => self.position_stride = (*stride).into(),
+            LayerEdit::ExtremePositionStride(low) => self.position_stride = extreme(*low),
+        }
+    }
+
+    /// The rows that a select keeps, for each head; none where it breaks a rule.
+    fn selected(&self, length: u64) -> Option<Vec<Vec<u64>>> {
+        let rows: Vec<Vec<u64>> = match (&self.ranges, &self.indices) {
+            (Some(ranges), None) => {
+                let ranges = ranges.get(..self.range_count as usize)?;
+                let mut rows = Vec::new();
+                for range in ranges {
+                    if range.length == 0 || range.length > length || range.start > length {
+                        return None;
+                    }
+                    rows.extend(range.start..range.start + range.length);
+                }
+                vec![rows; HEADS]
+            }
+            (None, Some(indices)) => {
+                (0..HEADS).map(|head| numbers(indices, self.index_stride, head, self.count)).collect::<Option<_>>()?
+            }
+            _ => return None,
+        };
+        let good = |rows: &Vec<u64>| {
+            rows.len() as u64 == u64::from(self.count)
+                && rows.iter().all(|&row| row < length)
+                && rows.windows(2).all(|pair| pair[0] < pair[1])
+        };
+        rows.iter().all(good).then_some(rows)
+    }
+}
+
+/// The `count` numbers of one head.
+fn numbers(array: &[u32], stride: i64, head: usize, count: u32) -> Option<Vec<u64>> {
+    let start = usize::try_from(stride).ok()?.checked_mul(head)?;
+    let numbers = array.get(start..)?.get(..count as usize)?;
+    // The host reads by the stride even where it has no second head to read.
+    (stride != i64::MAX).then(|| numbers.iter().map(|&number| number.into()).collect())
+}
+
+fn set<T>(array: &mut Option<Vec<T>>, place: u8, value: T) {
+    if let Some(array) = array {
+        array[usize::from(place)] = value;
+    }
+}
+
+/// (position, tag) of each row, by layer and head.
+type Rows = Vec<Vec<Vec<(u64, u64)>>>;
+
+/// What a plan makes of the rows of one rank, and the next position if it sets one; none where it breaks a rule or keeps
+/// everything.
+fn judge(sent: &Sent, lent: bool, cache: &Cache, rank: usize, keep: [u8; LAYERS], can: u64, must: u64) -> Option<(Rows, Option<u64>)> {
+    let rewrite = match sent.kind {
+        KVH_PLAN_SELECT => false,
+        KVH_PLAN_REWRITE => true,
+        _ => return None,
+    };
+    let moved = match sent.flags {
+        0 => None,
+        KVH_PLAN_FLAG_MOVED_POSITIONS if rewrite && can & KVH_CAN_MOVE_POSITIONS != 0 => Some(sent.next_position),
+        _ => return None,
+    };
+    if moved.is_some_and(|next| next > cache.next_position) {
+        return None;
+    }
+    let mut after = Rows::new();
+    for (layer, plan) in sent.layers.iter().enumerate() {
+        let old = &cache.rows[rank][layer];
+        let length = old[0].len() as u64;
+        let (count, bound) = (u64::from(plan.count), bound(keep[layer], length));
+        if !rewrite && count == 0 && plan.ranges.is_none() && plan.indices.is_none() && bound == length {
+            after.push(old.clone());
+            continue;
+        }
+        if count == 0 || count > bound || (count < bound && can & must & KVH_CAN_DATA_COUNTS == 0) {
+            return None;
+        }
+        let of_head = |head: usize| {
+            if !rewrite {
+                let rows = plan.selected(length)?;
+                return Some(rows[head].iter().map(|&row| old[head][row as usize]).collect::<Vec<_>>());
+            }
+            let positions = numbers(plan.positions.as_ref()?, plan.position_stride, head, plan.count)?;
+            let limit = moved.unwrap_or(cache.next_position);
+            let good = positions.windows(2).all(|pair| pair[0] <= pair[1]) && positions.iter().all(|&at| at < limit);
+            let tag = |place| rewritten_tag(cache.uid, rank as u64, layer as u64, head as u64, place);
+            (good && lent).then(|| (0..).zip(positions).map(|(place, position)| (position, tag(place))).collect())
+        };
+        after.push((0..HEADS).map(of_head).collect::<Option<_>>()?);
+    }
+    let counts: Vec<_> = after.iter().map(|heads| heads[0].len()).collect();
+    let differ = counts.windows(2).any(|pair| pair[0] != pair[1]);
+    let equal_before = cache.lengths(rank).windows(2).all(|pair| pair[0] == pair[1]);
+    if differ && (moved.is_some() || (equal_before && can & KVH_CAN_LAYER_COUNTS == 0)) {
+        return None;
+    }
+    (after != cache.rows[rank]).then_some((after, moved))
+}
+
+fn style(number: u8) -> Style {
+    match number % 7 {
+        0 => Style::Heads,
+        1 => Style::Shared,
+        2 => Style::Ranges,
+        3 => Style::Blocks(BLOCK as u64),
+        4 => Style::Rewrite,
+        5 => Style::Rerotate,
+        _ => Style::Keep(number.into()),
+    }
+}
+
+/// A sequence, and what is known of its engine.
+struct Stage {
+    engine: Engine,
+    cache: Cache,
+    keep: [u8; LAYERS],
+    must: u64,
+}
+
+impl Stage {
+    /// One compression, as far as it comes.
+    fn play(&mut self, script: &Script, round: &Round) {
+        let style = style(round.style);
+        *script.style.lock().expect("no panic is survived") = style;
+        {
+            let mut scene = scene();
+            scene.edits = round.edits.iter().take(12).cloned().collect();
+            scene.edited_rank = round.edited_rank % 3;
+        }
+        let Self { engine, cache, .. } = &*self;
+        let before = Before::of(cache);
+        let (shared, published) = (u64::from(round.shared) % 24, u64::from(round.published) % 24);
+        let asked = engine.ask_shared(cache, KVHOOK_EVENT_PREFILL_DONE, shared, published).expect("a live sequence");
+        before.assert_unchanged(cache, "ask");
+        if asked.0 == KVHOOK_DECISION_KEEP {
+            return;
+        }
+        let bounds = (0..LAYERS).map(|layer| bound(self.keep[layer], cache.lengths(0)[layer]));
+        assert_eq!(asked.2, bounds.collect::<Vec<_>>());
+
+        let mut judged = Vec::new();
+        let mut answers = Vec::new();
+        for rank in 0..engine.shape.ranks {
+            let prepared = engine.prepare_shared(rank, cache, round.fresh, shared, published);
+            // Whatever the plugin's arrays held is gone from here on.
+            let sent = scene().sent.take();
+            before.assert_unchanged(cache, "prepare");
+            let lent = matches!(style, Style::Rewrite | Style::Rerotate);
+            let can = engine.shape.can;
+            judged.push(sent.and_then(|sent| judge(&sent, lent, cache, rank, self.keep, can, self.must)));
+            answers.push(prepared);
+            if judged[rank].is_none() {
+                assert_eq!(prepared.0, 0, "rank {rank}: a plan that is not good got a ticket");
+            }
+        }
+        let ticket = answers[0].0;
+        let _ = ticket;
+    }
+}
