@@ -17,8 +17,6 @@ use libfuzzer_sys::fuzz_target;
 
 const LAYERS: usize = 2;
 const HEADS: usize = 2;
-/// Rows never become more.
-const CAPACITY: usize = 128;
 const BLOCK: usize = 4;
 /// Elements of every array of a plan: more than any count and stride that the host reads by.
 const ROOM: usize = 512;
@@ -45,7 +43,6 @@ struct Round {
     style: u8,
     fresh: bool,
     shared: u8,
-    published: u8,
     late: u8,
     edits: Vec<Edit>,
     /// 0: both ranks' plans are edited.
@@ -282,8 +279,7 @@ impl Layer {
 fn numbers(array: &[u32], stride: i64, head: usize, count: u32) -> Option<Vec<u64>> {
     let start = usize::try_from(stride).ok()?.checked_mul(head)?;
     let numbers = array.get(start..)?.get(..count as usize)?;
-    // The host reads by the stride even where it has no second head to read.
-    (stride != i64::MAX).then(|| numbers.iter().map(|&number| number.into()).collect())
+    Some(numbers.iter().map(|&number| number.into()).collect())
 }
 
 fn set<T>(array: &mut Option<Vec<T>>, place: u8, value: T) {
@@ -342,7 +338,7 @@ fn judge(sent: &Sent, lent: bool, cache: &Cache, rank: usize, keep: [u8; LAYERS]
     if differ && (moved.is_some() || (equal_before && can & KVH_CAN_LAYER_COUNTS == 0)) {
         return None;
     }
-    (after != cache.rows[rank]).then_some((after, moved))
+    (rewrite || after != cache.rows[rank]).then_some((after, moved))
 }
 
 fn style(number: u8) -> Style {
@@ -377,8 +373,8 @@ impl Stage {
         }
         let Self { engine, cache, .. } = &*self;
         let before = Before::of(cache);
-        let (shared, published) = (u64::from(round.shared) % 24, u64::from(round.published) % 24);
-        let asked = engine.ask_shared(cache, KVHOOK_EVENT_PREFILL_DONE, shared, published).expect("a live sequence");
+        let shared = u64::from(round.shared) % 24;
+        let asked = engine.ask_shared(cache, KVHOOK_EVENT_PREFILL_DONE, shared, 0).expect("a live sequence");
         before.assert_unchanged(cache, "ask");
         if asked.0 == KVHOOK_DECISION_KEEP {
             return;
@@ -386,22 +382,117 @@ impl Stage {
         let bounds = (0..LAYERS).map(|layer| bound(self.keep[layer], cache.lengths(0)[layer]));
         assert_eq!(asked.2, bounds.collect::<Vec<_>>());
 
+        let lent = matches!(style, Style::Rewrite | Style::Rerotate);
         let mut judged = Vec::new();
         let mut answers = Vec::new();
         for rank in 0..engine.shape.ranks {
-            let prepared = engine.prepare_shared(rank, cache, round.fresh, shared, published);
-            // Whatever the plugin's arrays held is gone from here on.
-            let sent = scene().sent.take();
+            let answer = engine.prepare_all(rank, &[cache], KVHOOK_EVENT_PREFILL_DONE, round.fresh, shared);
+            let answer = answer.expect("a good call")[0];
             before.assert_unchanged(cache, "prepare");
-            let lent = matches!(style, Style::Rewrite | Style::Rerotate);
-            let can = engine.shape.can;
-            judged.push(sent.and_then(|sent| judge(&sent, lent, cache, rank, self.keep, can, self.must)));
-            answers.push(prepared);
-            if judged[rank].is_none() {
-                assert_eq!(prepared.0, 0, "rank {rank}: a plan that is not good got a ticket");
+            // What the plan's arrays held is gone from here on.
+            let sent = scene().sent.take();
+            let good = sent.and_then(|sent| judge(&sent, lent, cache, rank, self.keep, engine.shape.can, self.must));
+            assert!(good.is_some() || answer.0 == 0, "rank {rank}: a plan that breaks a rule got a ticket");
+            judged.push(good);
+            answers.push(answer);
+        }
+        let Some(judged) = judged.into_iter().collect::<Option<Vec<_>>>() else { return self.is_kept(&answers) };
+        if judged.iter().any(|(_, moved)| *moved != judged[0].1) {
+            return self.is_kept(&answers);
+        }
+        if let Some((_, reason)) = answers.iter().find(|answer| answer.0 == 0) {
+            assert!(*reason == KVH_REASON_NO_ROOM && shared > 0 && !round.fresh, "a good plan was refused: {reason}");
+            return self.is_kept(&answers);
+        }
+        assert!(answers.iter().all(|answer| *answer == answers[0]), "ranks have different tickets");
+        let late = round.late % 5;
+        self.cache.append(late.into());
+        self.commit(answers[0].0, judged, usize::from(late), shared);
+    }
+
+    /// No ticket of a sequence that is kept may be committed.
+    fn is_kept(&self, answers: &[(u64, i32)]) {
+        let before = Before::of(&self.cache);
+        for &(ticket, _) in answers.iter().filter(|answer| answer.0 != 0) {
+            assert_eq!(self.engine.verdict(ticket).expect("it was given").0, KVHOOK_VERDICT_DROPPED);
+            let committed = self.engine.commit_rank(0, &self.cache, ticket, None);
+            assert_eq!(committed.expect_err("it is dropped").0, KVHOOK_ERR_DROPPED);
+        }
+        before.assert_unchanged(&self.cache, "a dropped ticket");
+    }
+
+    /// Carries out a good ticket behind which `late` rows were appended, and compares with what was judged.
+    fn commit(&mut self, ticket: u64, judged: Vec<(Rows, Option<u64>)>, late: usize, shared: u64) {
+        let Self { engine, cache, .. } = self;
+        let (verdict, _, movement, _) = engine.verdict(ticket).expect("an open ticket");
+        assert_eq!(verdict, KVHOOK_VERDICT_READY);
+        let edits = (movement == KVHOOK_MOVE_TABLE).then(|| engine.table_edit(ticket).expect("an edit of the table"));
+        let mut fresh = (movement == KVHOOK_MOVE_FRESH).then(|| Cache::new(engine.shape, cache.uid, cache.capacity));
+        let unused = fresh.as_ref().map(Before::of);
+        let before = Before::of(cache);
+        let moved = judged[0].1;
+        for (rank, (rows, _)) in judged.into_iter().enumerate() {
+            let committed = engine.commit_rank(rank, cache, ticket, fresh.as_ref());
+            if moved.is_some() && late > 0 {
+                // The late rows have the old rotation.
+                assert_eq!(committed.expect_err("rotations would be mixed").0, KVHOOK_ERR_INVALID_ARGUMENT);
+                return before.assert_unchanged(cache, "a commit that failed");
+            }
+            let (lengths, next_position) = committed.expect("a good ticket");
+            match movement {
+                KVHOOK_MOVE_IN_PLACE => before.assert_only_own_rows_changed(cache, rank, shared),
+                _ => before.assert_unchanged(cache, "a commit that writes elsewhere"),
+            }
+            for (now, kept) in cache.rows[rank].iter_mut().flatten().zip(rows.into_iter().flatten()) {
+                let appended = now.split_off(now.len() - late);
+                *now = kept.into_iter().chain(appended).collect();
+            }
+            assert_eq!(lengths, cache.lengths(rank));
+            assert_eq!(next_position, moved.unwrap_or(cache.next_position));
+        }
+        cache.epoch += 1;
+        cache.next_position = moved.unwrap_or(cache.next_position);
+        if let (Some(fresh), Some(unused)) = (&mut fresh, unused) {
+            core::mem::swap(&mut cache.stores, &mut fresh.stores);
+            unused.assert_unused_behind(cache);
+        }
+        if let Some(edits) = edits {
+            for (rank, stores) in cache.stores.iter_mut().enumerate() {
+                for (layer, (store, kept)) in stores.iter_mut().zip(&edits).enumerate() {
+                    let planned = before.length(rank, layer) - late;
+                    let later = store.table.split_off(planned.div_ceil(BLOCK));
+                    store.table = kept.iter().map(|&block| store.table[block as usize]).chain(later).collect();
+                }
             }
         }
-        let ticket = answers[0].0;
-        let _ = ticket;
+        engine.verify(cache);
     }
 }
+
+fuzz_target!(|input: Input| {
+    let lacking = OPTIONAL.iter().zip(input.lacks).filter(|(_, lacks)| *lacks).fold(0, |bits, (bit, _)| bits | bit);
+    let can = ALL & !lacking;
+    let shape = Shape {
+        ranks: 1 + usize::from(input.two_ranks),
+        layers: LAYERS,
+        heads: HEADS,
+        dtype: if input.half { BF16 } else { F32 },
+        block_size: if input.paged { BLOCK } else { 0 },
+        token_major: input.token_major,
+        can,
+        ..SMALL
+    };
+    let data_counts = input.data_counts && can & KVH_CAN_DATA_COUNTS != 0;
+    let (script, config) = &SCRIPTS[usize::from(data_counts)];
+    scene().keep = input.keep;
+    let engine = Engine::new(shape);
+    engine.arm(&ArmSpec::new("arm", "scripted", config));
+    let cache = engine.begin(1 + u64::from(input.prompt % 40));
+    let mut stage = Stage { engine, cache, keep: input.keep, must: script.must };
+    for round in input.rounds.iter().take(4) {
+        stage.play(script, round);
+        stage.cache.append(3);
+        stage.engine.verify(&stage.cache);
+    }
+    stage.engine.free(stage.cache.uid, KVH_FREE_FINISHED).expect("a live sequence");
+});

@@ -63,4 +63,20 @@ impl Before {
             }
         }
     }
+
+    /// As [`Before::of`] fresh rows: those behind the rows of `cache` were not written.
+    pub fn assert_unused_behind(&self, cache: &Cache) {
+        for rank in 0..cache.shape.ranks {
+            for (layer, length) in cache.lengths(rank).into_iter().enumerate() {
+                let behind = length..cache.capacity as u64;
+                let (then, now) = (bytes(&self.cache, rank, layer, behind.clone()), bytes(cache, rank, layer, behind));
+                assert!(then == now, "rank {rank}, layer {layer}: fresh rows were written that are not needed");
+            }
+        }
+    }
+
+    /// Rows of a layer on a rank.
+    pub fn length(&self, rank: usize, layer: usize) -> usize {
+        self.cache.rows[rank][layer][0].len()
+    }
 }
