@@ -65,7 +65,7 @@ draw="history=sample,importance=key_diff,budget=40,recent=8,every=20"
 
 export ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 prepare address -Zsanitizer=address "-fsanitize=address,undefined -fno-sanitize-recover=all"
-caught heap-buffer-overflow address overflow --config recent=16
+caught "heap-buffer-overflow .*plugin.c" address overflow --config recent=16
 for cache in contiguous paged; do
     clean address window-c --config recent=16 --expect 20 --cache $cache --late 3
     clean address noop --cache $cache
@@ -74,9 +74,9 @@ for cache in contiguous paged; do
 done
 clean address truncate --config align=block,budget=20,every=16 --expect 24 --cache paged
 
-export TSAN_OPTIONS=halt_on_error=1
+export TSAN_OPTIONS=halt_on_error=1:suppressions=$PWD/tests/c/tsan.supp
 prepare thread "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" -fsanitize=thread
-caught "data race" thread race --config recent=16 --threads 2
+caught "data race .*plugin.c" thread race --config recent=16 --threads 2
 clean thread window-c --config recent=16 --expect 20 --threads 2
 clean thread noop --threads 2 --cache paged
 clean thread truncate --config "$attention" --threads 2

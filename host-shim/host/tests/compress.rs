@@ -1,5 +1,5 @@
 //! Compression: what the cache and the positions hold afterwards, against a plain model.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "tests")]
 
 mod common;
 
@@ -150,16 +150,22 @@ fn layers_keep_different_numbers_of_rows() {
 
 #[test]
 fn an_arm_leaves_out_layers() {
-    let script = Arc::new(Script::default());
-    let engine = Engine::new(Shape { layers: 3, ..SMALL });
-    let mut spec = ArmSpec::new("arm", "scripted", script.register());
-    spec.layers = LayerSet::parse("1").unwrap();
-    engine.arm(&spec);
-    let mut cache = engine.begin(16);
-    assert_eq!(engine.ask(&cache, DONE).2, [16, 8, 16]);
-    let ticket = engine.plan(&mut cache, DONE, false).unwrap();
-    let (lengths, _) = engine.commit_rank(0, &cache, ticket, None).unwrap();
-    assert_eq!(lengths, [16, 8, 16]);
+    for fresh in [false, true] {
+        // The plugin plans every layer to half; only the second is the arm's.
+        let script = Arc::new(Script::default());
+        let engine = Engine::new(Shape { layers: 3, ..SMALL });
+        let mut spec = ArmSpec::new("arm", "scripted", script.register());
+        spec.layers = LayerSet::parse("1").unwrap();
+        engine.arm(&spec);
+        let mut cache = engine.begin(16);
+        assert_eq!(engine.ask(&cache, DONE).2, [16, 8, 16]);
+        let ticket = engine.plan(&mut cache, DONE, fresh).unwrap();
+        cache.append(2);
+        let count = |layer, length: u64| if layer == 1 { length / 2 } else { length };
+        let expected = Script { count: Box::new(count), ..Script::default() };
+        engine.commit(&mut cache, &expected, ticket);
+        assert_eq!(cache.lengths(0), [18, 10, 18]);
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Calls in any order, compared with the plain model after each.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "tests")]
 
 mod common;
 

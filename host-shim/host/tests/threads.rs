@@ -1,5 +1,5 @@
 //! Many sequences on several threads, and plugins that are called while others change what they are called for.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "tests")]
 
 mod common;
 
@@ -105,4 +105,34 @@ fn a_sequence_is_freed_while_its_plugin_runs() {
     assert_eq!(script.frees_of(uid), [(0, KVH_FREE_PREEMPTED)]);
     assert_eq!(engine.watch.live.load(SeqCst), 0);
     cache.verify_bytes();
+}
+
+#[test]
+fn a_sequence_is_freed_while_it_waits_for_the_plugin() {
+    let script = Arc::new(Script::default());
+    let engine = Engine::with(SMALL, &script);
+    let (busy, waiting) = (engine.begin(20), engine.begin(20));
+    let (inside, entered) = std::sync::mpsc::channel();
+    let (go_on, wait) = std::sync::mpsc::channel::<()>();
+    let (inside, wait) = (std::sync::Mutex::new(inside), std::sync::Mutex::new(wait));
+    *script.inside.lock().unwrap() = Some(Box::new(move |_| {
+        inside.lock().unwrap().send(()).unwrap();
+        // The second call, if there is one, finds the channel closed.
+        let _ = wait.lock().unwrap().recv();
+    }));
+    thread::scope(|scope| {
+        let first = scope.spawn(|| engine.prepare(0, &busy, DONE, false));
+        entered.recv().unwrap();
+        let second = scope.spawn(|| engine.prepare(0, &waiting, DONE, false));
+        while engine.verdict(2).is_err() {
+            thread::yield_now();
+        }
+        engine.free(waiting.uid, KVH_FREE_CANCELLED).unwrap();
+        drop(go_on);
+        assert_ne!(first.join().unwrap().0, 0);
+        assert_eq!(second.join().unwrap(), (0, KVHOOK_REASON_DROPPED));
+    });
+    // It was never shown to the plugin, so nothing is said of its end.
+    assert_eq!(script.prepared.load(SeqCst), 1);
+    assert_eq!(script.frees_of(waiting.uid), []);
 }

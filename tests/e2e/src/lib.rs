@@ -1,3 +1,5 @@
 //! What crosses crates: conformance, faults, and the real model end to end.
 
+pub mod model;
 pub mod plugins;
+pub mod reference;

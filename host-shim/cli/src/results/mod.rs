@@ -3,18 +3,17 @@
 //! The measures are E1 to E5 of the evaluation plan: a prefix of T tokens is prefilled and compressed, then M
 //! tokens are scored by the compressed cache and by the full one, p(·) = full, p_C(·) = compressed.
 
-mod scorer;
 mod summary;
 mod survivors;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use kvhook_engine::quality::{perplexity, recovered_context};
 use serde::{Deserialize, Serialize};
 
 use crate::error::CliError;
 
-pub use scorer::Scorer;
 pub use summary::{ArmSummary, Paired};
 pub use survivors::{SurvivorCounter, SurvivorMap};
 
@@ -129,12 +128,12 @@ pub struct Measures {
     pub bytes_before: u64,
     /// The same after it.
     pub bytes_after: u64,
-    /// Milliseconds of the prefill, hooks not included.
+    /// Milliseconds of the prefill, hooks not included; NaN when it took over another arm's.
     #[serde(with = "nullable")]
     pub prefill_ms: f64,
-    /// Milliseconds inside each hook point, all calls of the passage, by its id.
+    /// Milliseconds inside each function of the plugin while the passage was prefilled and scored, summed over ranks.
     pub hook_ms: BTreeMap<String, f64>,
-    /// Milliseconds in which the host moved rows.
+    /// Milliseconds in which the host moved rows, summed over ranks.
     #[serde(with = "nullable")]
     pub commit_ms: f64,
     /// Decode speed after compression, tokens per second.
@@ -189,14 +188,14 @@ pub struct Quality {
 impl Quality {
     /// Derives the ratios from the mean NLL, KL and agreement of an arm and the passage's baselines.
     pub fn new(nll: f64, kl: f64, top1_agreement: f64, passage: &Passage) -> Self {
-        let loss = nll - passage.nll_full;
+        let full = passage.nll_full;
         let recovered_context = passage
             .nll_no_prefix
-            .map(|floor| floor - passage.nll_full)
-            .filter(|&gain| gain > 0.0)
-            .map(|gain| 1.0 - loss / gain)
+            .filter(|&floor| floor > full)
+            .map(|floor| recovered_context(nll, full, floor))
             .filter(|share| share.is_finite());
-        Self { nll, perplexity: nll.exp(), perplexity_ratio: loss.exp(), kl, top1_agreement, recovered_context }
+        let (perplexity, perplexity_ratio) = (perplexity(nll), (nll - full).exp());
+        Self { nll, perplexity, perplexity_ratio, kl, top1_agreement, recovered_context }
     }
 }
 

@@ -23,6 +23,11 @@ pub const ALL: u64 = 0xff;
 /// Bytes of rows that no sequence holds.
 const UNUSED: u8 = 0xee;
 
+/// What the C API answered: a status with its message where it is not `KVHOOK_OK`.
+pub type Answer<T> = Result<T, (KvhookStatus, String)>;
+/// Position and tag of each row of a head.
+pub type Rows = Vec<(u64, u64)>;
+
 /// What an engine is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -95,7 +100,7 @@ fn array_mut<T>(elements: &mut [T]) -> KvhArrayMut {
 }
 
 /// Calls a function of the C API with a buffer for its message.
-pub fn call(function: impl FnOnce(*mut KvhText) -> KvhookStatus) -> Result<(), (KvhookStatus, String)> {
+pub fn call(function: impl FnOnce(*mut KvhText) -> KvhookStatus) -> Answer<()> {
     let mut buffer = [0u8; 1024];
     let mut text = KvhText::over(&mut buffer);
     match function(&mut text) {
@@ -177,7 +182,7 @@ impl Engine {
         unsafe { (*self.raw.cast::<Host>()).arm_set_entry(spec, plugin::entry()) }.unwrap();
     }
 
-    pub fn begin_on(&self, arm: &str, key: &str, prompt_length: u64) -> Result<KvhookSequence, (KvhookStatus, String)> {
+    pub fn begin_on(&self, arm: &str, key: &str, prompt_length: u64) -> Answer<KvhookSequence> {
         let begin = KvhookBegin {
             struct_size: size_of::<KvhookBegin>(),
             key: KvhStr::new(key),
@@ -198,17 +203,17 @@ impl Engine {
         cache
     }
 
-    pub fn fork(&self, uid: u64) -> Result<u64, (KvhookStatus, String)> {
+    pub fn fork(&self, uid: u64) -> Answer<u64> {
         let mut out = KvhookSequence { struct_size: size_of::<KvhookSequence>(), ..unsafe { core::mem::zeroed() } };
         call(|error| unsafe { kvhook_fork(self.raw, uid, &mut out, error) })?;
         Ok(out.uid)
     }
 
-    pub fn free(&self, uid: u64, reason: i32) -> Result<(), (KvhookStatus, String)> {
+    pub fn free(&self, uid: u64, reason: i32) -> Answer<()> {
         call(|error| unsafe { kvhook_free(self.raw, uid, reason, null_mut(), error) })
     }
 
-    pub fn cut(&self, cache: &Cache) -> Result<(), (KvhookStatus, String)> {
+    pub fn cut(&self, cache: &Cache) -> Answer<()> {
         let lengths = cache.lengths(0);
         let lengths = array(&lengths);
         call(|error| unsafe { kvhook_cut(self.raw, cache.uid, &lengths, cache.next_position, error) })
@@ -225,7 +230,7 @@ impl Engine {
         event: i32,
         shared_rows: u64,
         published_rows: u64,
-    ) -> Result<(i32, i32, Vec<u64>), (KvhookStatus, String)> {
+    ) -> Answer<(i32, i32, Vec<u64>)> {
         let lengths = cache.lengths(0);
         let ask = KvhookAsk {
             struct_size: size_of::<KvhookAsk>(),
@@ -256,7 +261,7 @@ impl Engine {
         event: i32,
         fresh: bool,
         shared_rows: u64,
-    ) -> Result<Vec<(u64, i32)>, (KvhookStatus, String)> {
+    ) -> Answer<Vec<(u64, i32)>> {
         let layers: Vec<Vec<KvhLayer>> = caches.iter().map(|cache| cache.layers(rank)).collect();
         let mut sequences: Vec<_> = caches
             .iter()
@@ -299,7 +304,7 @@ impl Engine {
     }
 
     /// Verdict, reason, movement, counts.
-    pub fn verdict(&self, ticket: u64) -> Result<(i32, i32, i32, Vec<u64>), (KvhookStatus, String)> {
+    pub fn verdict(&self, ticket: u64) -> Answer<(i32, i32, i32, Vec<u64>)> {
         let mut counts = vec![0u64; self.shape.layers];
         let mut out = KvhookVerdict {
             struct_size: size_of::<KvhookVerdict>(),
@@ -314,7 +319,7 @@ impl Engine {
         Ok((out.verdict, out.reason, out.movement, counts))
     }
 
-    pub fn drop_ticket(&self, ticket: u64, reason: i32) -> Result<(), (KvhookStatus, String)> {
+    pub fn drop_ticket(&self, ticket: u64, reason: i32) -> Answer<()> {
         call(|error| unsafe { kvhook_drop(self.raw, ticket, reason, error) })
     }
 
@@ -325,7 +330,7 @@ impl Engine {
         cache: &Cache,
         ticket: u64,
         fresh: Option<&Cache>,
-    ) -> Result<(Vec<u64>, u64), (KvhookStatus, String)> {
+    ) -> Answer<(Vec<u64>, u64)> {
         let layers = cache.layers(rank);
         let fresh = fresh.map_or(Vec::new(), |fresh| fresh.room(rank));
         let mut lengths = vec![0u64; self.shape.layers];
@@ -381,7 +386,7 @@ impl Engine {
         self.verify(cache);
     }
 
-    pub fn table_edit(&self, ticket: u64) -> Result<Vec<Vec<u32>>, (KvhookStatus, String)> {
+    pub fn table_edit(&self, ticket: u64) -> Answer<Vec<Vec<u32>>> {
         let mut edits: Vec<_> = (0..self.shape.layers)
             .map(|_| KvhookTableEdit { struct_size: size_of::<KvhookTableEdit>(), blocks: null(), count: 0 })
             .collect();
@@ -540,7 +545,7 @@ pub struct Cache {
     pub next_position: u64,
     pub epoch: u64,
     pub stores: Vec<Vec<Store>>,
-    pub rows: Vec<Vec<Vec<Vec<(u64, u64)>>>>,
+    pub rows: Vec<Vec<Vec<Rows>>>,
     pub planned_lengths: Vec<u64>,
 }
 

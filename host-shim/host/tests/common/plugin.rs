@@ -28,6 +28,7 @@ pub enum Style {
 }
 
 pub type Count = Box<dyn Fn(usize, u64) -> u64 + Send + Sync>;
+pub type Inside = Box<dyn Fn(u32) + Send + Sync>;
 /// Spoils a plan before it goes out: rank, plan, its layers.
 pub type Tamper = Box<dyn Fn(u32, &mut KvhPlan, &mut [KvhLayerPlan]) + Send + Sync>;
 
@@ -49,7 +50,7 @@ pub struct Script {
     /// Take sequence memory in each prepare.
     pub keeps_state: bool,
     /// Runs inside prepare, before the plan is made: rank.
-    pub inside: Mutex<Option<Box<dyn Fn(u32) + Send + Sync>>>,
+    pub inside: Mutex<Option<Inside>>,
     pub freed: Mutex<Vec<(u32, u64, i32)>>,
     pub prepared: AtomicU64,
     pub attended: AtomicU64,

@@ -1,0 +1,58 @@
+//! `kvhook demo`: one passage, the plugins that ship with kvhook, one table.
+
+use std::io;
+
+use crate::args::{CacheDtype, CacheKind, CacheOptions, Demo};
+use crate::arm::ArmSpec;
+use crate::error::CliError;
+use crate::measure::{self, Plan, Text};
+use crate::{model, report};
+
+/// Chapters 1 to 12 of Moby Dick, in the public domain.
+const TEXT: &str = include_str!("../../../../tests/text/moby-dick.txt");
+
+/// Name, plugin and config of each arm.
+const ARMS: [(&str, &str, &str); 8] = [
+    ("noop", "noop", ""),
+    ("recent-50", "truncate", "keep=0.5"),
+    ("recent-25", "truncate", "keep=0.25"),
+    ("stride-25", "truncate", "keep=0.25,history=stride"),
+    ("keydiff-25", "truncate", "keep=0.25,history=top,importance=key_diff"),
+    ("attention-50", "truncate", "keep=0.5,history=top,importance=attention"),
+    ("attention-25", "truncate", "keep=0.25,history=top,importance=attention"),
+    (
+        "layers-100-25",
+        "truncate",
+        r#"{"history": "top", "importance": "attention", "layers": {"0-3": 1.0, "4-": 0.25}}"#,
+    ),
+];
+
+/// Paged, so that the arms share one prefill of the passage.
+const CACHE: CacheOptions = CacheOptions { cache: CacheKind::Paged, ranks: 1, dtype: CacheDtype::F16 };
+
+/// Fetches the model when no other is named, measures all arms, and prints what came out.
+///
+/// # Errors
+/// Each of [`CliError`] but those of `inspect`.
+pub fn execute(options: &Demo) -> Result<(), CliError> {
+    let loaded = match &options.model {
+        Some(path) => model::load(path)?,
+        None => model::load_default()?,
+    };
+    let texts = [Text { name: "moby-dick.txt".into(), content: TEXT.into() }];
+    let arm = |(name, plugin, config): (&str, &str, &str)| ArmSpec {
+        name: name.into(),
+        plugin: plugin.into(),
+        config: config.into(),
+    };
+    let plan = Plan {
+        texts: &texts,
+        arms: &ARMS.map(arm),
+        prefix: 1024,
+        continuation: 256,
+        passages: 1,
+        cache: CACHE,
+    };
+    let comparison = measure::compare(&loaded, &plan)?;
+    report::deliver(&comparison, &options.output, &mut io::stdout().lock())
+}

@@ -1,0 +1,6 @@
+//! What a user types.
+
+pub mod compare;
+pub mod demo;
+pub mod inspect;
+pub mod run;
