@@ -12,7 +12,11 @@ const RUN_BYTES: usize = 8 << 10;
 const STREAM_BYTES: usize = 1 << 20;
 
 /// Bytes between the row that is copied and the row that is fetched.
-const AHEAD_BYTES: usize = 2 << 10;
+const AHEAD_BYTES: usize = 4 << 10;
+
+/// Bytes between two rows from which on a sweep leaves out what lies between: the processor's prefetch follows a stream
+/// no further than a page.
+const GAP_BYTES: usize = 4 << 10;
 
 /// Two views of which rows move from the first to the second.
 ///
@@ -30,6 +34,8 @@ pub(crate) struct Mover {
     dense: bool,
     /// Whether what moves together is adjacent from token to token in both views.
     adjacent: bool,
+    /// Whether much moves: more than fits the caches beside other things.
+    large: bool,
     /// Whether stores go around the caches.
     stream: bool,
 }
@@ -66,9 +72,10 @@ impl Mover {
         let bytes = count.saturating_mul(row).saturating_mul(heads.len());
         let (heads, unit) = if together { (heads.start..heads.start + 1, row * heads.len()) } else { (heads, row) };
         let adjacent = dense && from.stride_token == unit as isize && to.stride_token == unit as isize;
-        let stream = dense && bytes >= STREAM_BYTES && lines_are_whole(destination, unit);
+        let large = dense && bytes >= STREAM_BYTES;
+        let stream = large && lines_are_whole(destination, unit);
         let (source, destination, heads) = (*source, *destination, (heads.start, heads.end));
-        Ok(Self { source, destination, heads, unit, dense, adjacent, stream })
+        Ok(Self { source, destination, heads, unit, dense, adjacent, large, stream })
     }
 
     /// Heads to move one by one.
@@ -83,27 +90,39 @@ impl Mover {
         (self.adjacent && fits(&self.source) && fits(&self.destination)).then_some(run)
     }
 
-    /// How many rows ahead of the one that is copied to call [`Mover::fetch`].
+    /// How many rows ahead of the one that is copied to call [`Mover::fetch_ahead`].
     pub(crate) fn ahead(&self) -> usize {
         (AHEAD_BYTES / self.unit).max(1)
     }
 
-    /// Starts loading a row into the cache.
+    /// Most adjacent rows between two kept ones that are worth fetching just to keep the processor's own prefetch going;
+    /// `None`: it never is.
+    pub(crate) fn widest_gap(&self) -> Option<usize> {
+        let rows = GAP_BYTES / self.unit;
+        (cfg!(target_arch = "x86_64") && self.large && rows > 0).then_some(rows)
+    }
+
+    /// Starts loading a row that will be moved some rows later: into the second-level cache, which takes more requests
+    /// at once than the first.
     ///
     /// # Safety
     /// The row must be inside the source, and the head among `heads`.
     #[inline(always)]
-    pub(crate) unsafe fn fetch(self, token: usize, head: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: the caller's promise.
-            let row = unsafe { self.source.locate(token, head) };
-            for line in (0..self.unit).step_by(64) {
-                // SAFETY: a prefetch reads nothing that the program sees.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(line).cast()) };
-            }
-        }
+    pub(crate) unsafe fn fetch_ahead(self, token: usize, head: usize) {
+        // SAFETY: the caller's promise.
+        let row = unsafe { self.source.locate(token, head) };
+        prefetch::<false>(row, self.unit);
+    }
+
+    /// Starts loading a row that is not moved, as one link in a stream of adjacent rows.
+    ///
+    /// # Safety
+    /// The row must be inside the source, and the head among `heads`.
+    #[inline(always)]
+    pub(crate) unsafe fn fetch_between(self, token: usize, head: usize) {
+        // SAFETY: the caller's promise.
+        let row = unsafe { self.source.locate(token, head) };
+        prefetch::<true>(row, self.unit);
     }
 
     /// Whether both views describe the same rows, so that a move is in place.
@@ -155,7 +174,7 @@ impl Mover {
             let bytes = count * self.unit;
             // SAFETY: the rows are adjacent in both views. In line only downwards, as `copy_row` asks.
             unsafe {
-                if upwards || bytes >= RUN_BYTES {
+                if upwards || (bytes >= RUN_BYTES && !self.stream) {
                     std::ptr::copy(source, destination, bytes);
                 } else {
                     self.copy_row(source, destination, bytes);
@@ -291,6 +310,22 @@ unsafe fn store<const STREAM: bool>(destination: *mut u8, piece: Piece) {
     }
     // SAFETY: the caller's promise.
     unsafe { destination.cast::<Piece>().write_unaligned(piece) };
+}
+
+/// Starts loading `bytes` bytes into the cache: the first level with `FIRST`, else the second.
+#[inline(always)]
+fn prefetch<const FIRST: bool>(row: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        for line in (0..bytes).step_by(64) {
+            let line = row.wrapping_add(line).cast();
+            // SAFETY: a prefetch reads nothing that the program sees, and never faults.
+            unsafe { if FIRST { _mm_prefetch::<_MM_HINT_T0>(line) } else { _mm_prefetch::<_MM_HINT_T1>(line) } };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, bytes);
 }
 
 /// Whether rows of `unit` bytes fill whole cache lines, as stores around the caches need to be worth it.

@@ -43,21 +43,80 @@ pub fn gather(
 
     let layout = destination.layout();
     let heads_are_closer = layout.stride_head.unsigned_abs() < layout.stride_token.unsigned_abs();
-    let tile = if heads_are_closer { TILE } else { indices.count.max(1) };
-    for start in (0..indices.count).step_by(tile) {
-        for head in mover.heads() {
-            let places = start..indices.count.min(start + tile);
-            // SAFETY: every index and the last destination were checked.
-            unsafe { move_list(mover, indices.of(head)?, places, destination_start, head) };
+    let lists = mover.heads().map(|head| indices.of(head)).collect::<Result<Vec<_>, _>>()?;
+    let first_head = mover.heads().start;
+    match mover.widest_gap().filter(|&gap| lists.iter().all(|list| is_dense(list, gap))) {
+        // What lies close together is swept together.
+        Some(gap) => {
+            for (number, lists) in lists.chunks(if heads_are_closer { lists.len().max(1) } else { 1 }).enumerate() {
+                // SAFETY: every index and the last destination were checked.
+                unsafe { sweep(mover, lists, first_head + number, gap, destination_start) };
+            }
+        }
+        None => {
+            let tile = if heads_are_closer { TILE } else { indices.count.max(1) };
+            for start in (0..indices.count).step_by(tile) {
+                for (head, list) in (first_head..).zip(&lists) {
+                    let places = start..indices.count.min(start + tile);
+                    // SAFETY: as above.
+                    unsafe { pick(mover, list, places, destination_start, head) };
+                }
+            }
         }
     }
     mover.finish();
     Ok(())
 }
 
+/// Whether so many of a list's rows lie close together that reading all rows in between is faster than leaving them out:
+/// up to one and a half of those for each that is kept. Wider gaps than `gap` rows are left out and do not count.
+fn is_dense(list: &[u32], gap: usize) -> bool {
+    let mut between = 0;
+    for pair in list.windows(2) {
+        let Some(skipped) = pair[1].checked_sub(pair[0] + 1) else { return false };
+        if skipped as usize <= gap {
+            between += skipped as usize;
+        }
+    }
+    2 * between <= 3 * list.len()
+}
+
+/// Moves rows in the order in which they lie in memory, token after token, those of `lists` of adjacent heads in turn.
+/// Rows that are skipped are read, too, into the cache: a stream without gaps is what the processor's prefetch is good at.
+///
+/// # Safety
+/// The rows must be inside both views, and the heads among the mover's. The lists must ascend.
+unsafe fn sweep(mover: Mover, lists: &[&[u32]], first_head: usize, gap: usize, destination_start: usize) {
+    let mut places = vec![0; lists.len()];
+    let Some(mut token) = lists.iter().filter_map(|list| list.first().copied()).min() else { return };
+    loop {
+        let mut next: Option<u32> = None;
+        for ((head, list), place) in (first_head..).zip(lists).zip(&mut places) {
+            // SAFETY: the caller's promise; a token below one of the list is inside the source, too.
+            unsafe {
+                match list.get(*place) {
+                    Some(&kept) if kept == token => {
+                        mover.move_one(token as usize, destination_start + *place, head);
+                        *place += 1;
+                    }
+                    Some(_) => mover.fetch_between(token as usize, head),
+                    None => {}
+                }
+            }
+            if let Some(&kept) = list.get(*place) {
+                next = Some(next.map_or(kept, |next| next.min(kept)));
+            }
+        }
+        let Some(next) = next else { return };
+        token = if (next - token) as usize > gap + 1 { next } else { token + 1 };
+    }
+}
+
+/// Moves rows one after the other, adjacent ones at once where that is faster.
+///
 /// # Safety
 /// The rows must be inside both views, and the head among the mover's.
-unsafe fn move_list(mover: Mover, list: &[u32], places: Range<usize>, destination_start: usize, head: usize) {
+unsafe fn pick(mover: Mover, list: &[u32], places: Range<usize>, destination_start: usize, head: usize) {
     let (worthwhile, ahead) = (mover.worthwhile_run(), mover.ahead());
     let mut place = places.start;
     while place < places.end {
@@ -77,7 +136,7 @@ unsafe fn move_list(mover: Mover, list: &[u32], places: Range<usize>, destinatio
         unsafe {
             if run == 1 {
                 if let Some(&next) = list.get(place + ahead) {
-                    mover.fetch(next as usize, head);
+                    mover.fetch_ahead(next as usize, head);
                 }
                 mover.move_one(first as usize, destination_start + place, head);
             } else {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use kvhook_host::HostError;
+use kvhook_host::raw::{KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE};
 
 /// Exit code when a command did its work and the answer is no: a check of `inspect` failed.
 pub const EXIT_CHECK_FAILED: u8 = 1;
@@ -101,8 +102,10 @@ impl CliError {
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }
             | Self::ResultsFormat { .. }
-            | Self::Engine(Error::Io { .. } | Error::Config { .. } | Error::Empty { .. } | Error::ContextFull { .. })
-            | Self::Plugin(HostError::FileMissing { .. } | HostError::FileUnreadable { .. }) => EXIT_USAGE,
+            | Self::Engine(Error::Io { .. } | Error::Config { .. } | Error::Empty { .. } | Error::ContextFull { .. }) => EXIT_USAGE,
+            Self::Plugin(error) if [KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE].contains(&error.status()) => {
+                EXIT_USAGE
+            }
             Self::Engine(Error::Fetch { .. }) => EXIT_MISSING,
             Self::Engine(_) | Self::Arm { .. } | Self::Plugin(_) => EXIT_ENGINE,
             Self::Write { .. } => EXIT_OUTPUT,

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use crate::cache::SequenceId;
 use crate::engine::{Event, FinishReason, Request, RequestId};
 use crate::error::{Error, Result};
-use crate::rank::Phase;
 use crate::hooks::FreeReason;
+use crate::rank::Phase;
 use crate::runner::{Begin, Runner};
 
 /// A request on its way.

@@ -10,12 +10,8 @@ use kvhook_engine::{ArmConfig, Model, PluginConfig, Runner};
 use crate::plugins::{Place, built};
 
 /// A contiguous f32 cache of one rank.
-pub const CONTIGUOUS: CacheConfig = CacheConfig {
-    kind: CacheKind::Contiguous,
-    dtype: kvhook_engine::KvDtype::F32,
-    ranks: 1,
-    prefix_sharing: true,
-};
+pub const CONTIGUOUS: CacheConfig =
+    CacheConfig { kind: CacheKind::Contiguous, dtype: kvhook_engine::KvDtype::F32, ranks: 1, prefix_sharing: true };
 
 /// A paged f32 cache of one rank that shares prefixes.
 pub const fn paged(block_size: usize, blocks: usize) -> CacheConfig {

@@ -56,16 +56,10 @@ impl Reference {
             number("attention.head_count")? as usize,
             number("attention.head_count_kv")? as usize,
         );
-        let (blocks, rope_base, epsilon) = (
-            number("block_count")? as usize,
-            number("rope.freq_base")?,
-            number("attention.layer_norm_rms_epsilon")?,
-        );
+        let (blocks, rope_base, epsilon) =
+            (number("block_count")? as usize, number("rope.freq_base")?, number("attention.layer_norm_rms_epsilon")?);
         let mut tensor = |name: &str| -> Result<Tensor> {
-            content
-                .tensor(&mut file, name, &Device::Cpu)?
-                .dequantize(&Device::Cpu)?
-                .to_dtype(DType::F32)
+            content.tensor(&mut file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?.to_dtype(DType::F32)
         };
         let mut layers = Vec::with_capacity(blocks);
         for l in 0..blocks {
@@ -96,13 +90,7 @@ impl Reference {
 
     /// Logits `[rows][vocab]` of the tokens from `first` on. `positions[i]` is the position that token `i`
     /// is rotated for.
-    pub fn logits(
-        &self,
-        tokens: &[u32],
-        positions: &[u32],
-        first: usize,
-        visible: &Visible,
-    ) -> Result<Vec<Vec<f32>>> {
+    pub fn logits(&self, tokens: &[u32], positions: &[u32], first: usize, visible: &Visible) -> Result<Vec<Vec<f32>>> {
         let n = tokens.len();
         let ids = Tensor::new(tokens, &Device::Cpu)?;
         let mut x = self.embedding.index_select(&ids, 0)?;
@@ -143,15 +131,12 @@ impl Reference {
             x = (x + (gate * up)?.matmul(&layer.down.t()?)?)?;
         }
         let rows = x.narrow(0, first, n - first)?.contiguous()?;
-        self.norm(&rows, &self.output_norm)?
-            .matmul(&self.embedding.t()?)?
-            .to_vec2()
+        self.norm(&rows, &self.output_norm)?.matmul(&self.embedding.t()?)?.to_vec2()
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let mean = (x.sqr()?.sum_keepdim(1)? / x.dim(1)? as f64)?;
-        x.broadcast_div(&(mean + self.epsilon)?.sqrt()?)?
-            .broadcast_mul(weight)
+        x.broadcast_div(&(mean + self.epsilon)?.sqrt()?)?.broadcast_mul(weight)
     }
 
     fn rotation(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
@@ -183,7 +168,5 @@ impl Reference {
 fn heads(x: &Tensor, weight: &Tensor, heads: usize) -> Result<Tensor> {
     let y = x.matmul(&weight.t()?)?;
     let (tokens, width) = y.dims2()?;
-    y.reshape((tokens, heads, width / heads))?
-        .transpose(0, 1)?
-        .contiguous()
+    y.reshape((tokens, heads, width / heads))?.transpose(0, 1)?.contiguous()
 }

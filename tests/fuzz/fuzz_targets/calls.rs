@@ -7,11 +7,11 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Unstructured};
 use kvhook_abi::raw::*;
 use kvhook_fuzz::mock::plugin::{Script, Style, chosen, rewritten_tag};
 use kvhook_fuzz::mock::{ALL, Cache, Engine, SMALL, Shape, call as checked};
-use kvhook_fuzz::rows::Before;
+use kvhook_fuzz::rows::{Before, room};
 use kvhook_host::c_api::*;
 use kvhook_host::host::Host;
 use kvhook_host::raw::*;
@@ -20,44 +20,120 @@ use libfuzzer_sys::fuzz_target;
 
 const BLOCK: usize = 4;
 const ARMS: [&str; 3] = ["first", "second", "third"];
-/// Most rows of a sequence.
+/// Rows that a sequence begins with room for.
 const MOST_ROWS: u64 = 60;
 const MOST_SEQUENCES: usize = 8;
 
-#[derive(Arbitrary, Debug)]
+#[derive(Debug)]
 struct Input {
     ranks: u8,
     paged: bool,
     calls: Vec<Call>,
 }
 
+impl<'a> Arbitrary<'a> for Input {
+    fn arbitrary(bytes: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
+        let mut input = Self { ranks: bytes.arbitrary()?, paged: bytes.arbitrary()?, calls: Vec::new() };
+        while !bytes.is_empty() && input.calls.len() < 100 {
+            input.calls.push(bytes.arbitrary()?);
+        }
+        Ok(input)
+    }
+}
+
 /// Sequences are named by their place among all that ever began, tickets by their sequence.
 #[derive(Arbitrary, Debug)]
 enum Call {
-    Begin { arm: u8, prompt: u8 },
-    Append { sequence: u8, tokens: u8 },
-    Cut { sequence: u8, tokens: u8 },
-    Fork { sequence: u8 },
-    Free { sequence: u8, reason: u8 },
-    FreeUnknown { uid: u64 },
+    Begin {
+        arm: u8,
+        prompt: u8,
+    },
+    Append {
+        sequence: u8,
+        tokens: u8,
+    },
+    Cut {
+        sequence: u8,
+        tokens: u8,
+    },
+    Fork {
+        sequence: u8,
+    },
+    Free {
+        sequence: u8,
+        reason: u8,
+    },
+    FreeUnknown {
+        uid: u64,
+    },
     Reset,
-    Attend { sequence: u8, rank: u8, tokens: u8, decode: bool },
-    Ask { sequence: u8, grown: bool, shared: u8 },
-    Prepare { sequences: [u8; 2], rank: u8, grown: bool, fresh: bool },
-    PrepareAll { sequence: u8, fresh: bool },
-    Commit { sequence: u8, rank: u8 },
-    CommitAll { sequence: u8 },
-    Compress { sequence: u8, grown: bool },
-    Drop { sequence: u8, reason: i8 },
-    UnknownTicket { ticket: u64, rank: u8 },
-    ArmSet { arm: u8, weight: u8, min_tokens: u8 },
-    ArmWeight { arm: u8, weight: f64 },
-    ArmRemove { arm: u8 },
-    Figures { arm: u8 },
+    Attend {
+        sequence: u8,
+        rank: u8,
+        tokens: u8,
+        decode: bool,
+    },
+    Ask {
+        sequence: u8,
+        grown: bool,
+        shared: u8,
+    },
+    Prepare {
+        sequences: [u8; 2],
+        rank: u8,
+        grown: bool,
+        fresh: bool,
+    },
+    PrepareAll {
+        sequence: u8,
+        fresh: bool,
+    },
+    Commit {
+        sequence: u8,
+        rank: u8,
+    },
+    CommitAll {
+        sequence: u8,
+    },
+    Compress {
+        sequence: u8,
+        grown: bool,
+    },
+    Drop {
+        sequence: u8,
+        reason: i8,
+    },
+    UnknownTicket {
+        ticket: u64,
+        rank: u8,
+    },
+    ArmSet {
+        arm: u8,
+        weight: u8,
+        min_tokens: u8,
+    },
+    ArmWeight {
+        arm: u8,
+        weight: f64,
+    },
+    ArmRemove {
+        arm: u8,
+    },
+    Figures {
+        arm: u8,
+    },
     /// How all plugins plan from now on.
-    Style { style: u8 },
-    Fail { script: u8, hook: u8, status: u8 },
-    Refuse { allocation: u8 },
+    Style {
+        style: u8,
+    },
+    Fail {
+        script: u8,
+        hook: u8,
+        status: u8,
+    },
+    Refuse {
+        allocation: u8,
+    },
 }
 
 /// Each plays one generation of instances in a run, so that `on_free` can be counted.
@@ -109,8 +185,9 @@ impl Sequence {
         plans.into_iter().any(|plan| plan.committed)
     }
 
-    fn length(&self) -> u64 {
-        (0..self.cache.shape.ranks).flat_map(|rank| self.cache.lengths(rank)).max().unwrap_or(0)
+    fn has_room_for(&self, tokens: u64) -> bool {
+        let fits = |rank| self.cache.lengths(rank).iter().all(|length| length + tokens <= room(&self.cache, rank));
+        (0..self.cache.shape.ranks).all(fits)
     }
 }
 
@@ -268,7 +345,7 @@ impl World {
         match *call {
             Call::Append { tokens, .. } => {
                 let tokens = u64::from(tokens % 12);
-                if sequence.live && !sequence.is_committing() && sequence.length() + tokens <= MOST_ROWS {
+                if sequence.live && !sequence.is_committing() && sequence.has_room_for(tokens) {
                     sequence.cache.append(tokens);
                 }
             }
@@ -449,7 +526,9 @@ impl World {
             (0..).zip(kept).map(row).collect::<Vec<_>>()
         };
         Plan {
-            kept: (0..rows.len()).map(|layer| (0..rows[layer].len()).map(|head| of_head(layer, head)).collect()).collect(),
+            kept: (0..rows.len())
+                .map(|layer| (0..rows[layer].len()).map(|head| of_head(layer, head)).collect())
+                .collect(),
             planned: rows.iter().map(|heads| heads[0].len()).collect(),
             moved: style == Style::Rerotate,
             committed: false,
@@ -532,7 +611,8 @@ impl World {
         let Some(first) = self.sequences.first().filter(|_| !self.sequences.iter().any(is_open)) else { return };
         let before = Before::of(&first.cache);
         let rank = usize::from(rank) % self.engine.shape.ranks;
-        let committed = self.engine.commit_rank(rank, &first.cache, ticket, None).expect_err("nobody has this ticket").0;
+        let committed =
+            self.engine.commit_rank(rank, &first.cache, ticket, None).expect_err("nobody has this ticket").0;
         assert!([KVHOOK_ERR_UNKNOWN_TICKET, KVHOOK_ERR_DROPPED, KVHOOK_ERR_NOT_READY].contains(&committed));
         assert!(self.engine.table_edit(ticket).is_err());
         before.assert_unchanged(&first.cache, "a ticket that is not known");
@@ -567,7 +647,7 @@ impl World {
 fuzz_target!(|input: Input| {
     let mut world = World::new(&input);
     world.arm_set(0, 1, 0);
-    for call in input.calls.iter().take(100) {
+    for call in &input.calls {
         world.make(call);
     }
     world.end();

@@ -32,7 +32,9 @@ fuzz_target!(|bytes: &[u8]| {
     assert_eq!((alone.abi_major, alone.abi_minor), (in_file.abi_major, in_file.abi_minor));
     assert_eq!(alone.config_schema, in_file.config_schema);
     for row in &alone.layouts {
-        let same = |other: &&kvhook_host::load::LayoutComparison| (&other.name, other.generation) == (&row.name, row.generation);
+        let same = |other: &&kvhook_host::load::LayoutComparison| {
+            (&other.name, other.generation) == (&row.name, row.generation)
+        };
         assert!(in_file.layouts.iter().any(|other| same(&other)), "{} is missing", row.name);
     }
     // What stands behind the section's stated length is not read; what stands before is needed.

@@ -18,6 +18,8 @@ use libfuzzer_sys::fuzz_target;
 const LAYERS: usize = 2;
 const HEADS: usize = 2;
 const BLOCK: usize = 4;
+/// Rows that there is room for: more than ever come.
+const CAPACITY: usize = 160;
 /// Elements of every array of a plan: more than any count and stride that the host reads by.
 const ROOM: usize = 512;
 const EMPTY: KvhRange = KvhRange { start: 0, length: 0 };
@@ -35,7 +37,7 @@ struct Input {
     prompt: u8,
     /// Share of a layer's rows that is kept, over 256.
     keep: [u8; LAYERS],
-    rounds: Vec<Round>,
+    rounds: [Round; 3],
 }
 
 #[derive(Arbitrary, Debug)]
@@ -293,7 +295,15 @@ type Rows = Vec<Vec<Vec<(u64, u64)>>>;
 
 /// What a plan makes of the rows of one rank, and the next position if it sets one; none where it breaks a rule or keeps
 /// everything.
-fn judge(sent: &Sent, lent: bool, cache: &Cache, rank: usize, keep: [u8; LAYERS], can: u64, must: u64) -> Option<(Rows, Option<u64>)> {
+fn judge(
+    sent: &Sent,
+    lent: bool,
+    cache: &Cache,
+    rank: usize,
+    keep: [u8; LAYERS],
+    can: u64,
+    must: u64,
+) -> Option<(Rows, Option<u64>)> {
     let rewrite = match sent.kind {
         KVH_PLAN_SELECT => false,
         KVH_PLAN_REWRITE => true,
@@ -487,9 +497,11 @@ fuzz_target!(|input: Input| {
     scene().keep = input.keep;
     let engine = Engine::new(shape);
     engine.arm(&ArmSpec::new("arm", "scripted", config));
-    let cache = engine.begin(1 + u64::from(input.prompt % 40));
+    let prompt = 1 + u64::from(input.prompt % 40);
+    let mut cache = Cache::new(shape, engine.begin_on("arm", "", prompt).expect("the arm is there").uid, CAPACITY);
+    cache.append(prompt);
     let mut stage = Stage { engine, cache, keep: input.keep, must: script.must };
-    for round in input.rounds.iter().take(4) {
+    for round in &input.rounds {
         stage.play(script, round);
         stage.cache.append(3);
         stage.engine.verify(&stage.cache);

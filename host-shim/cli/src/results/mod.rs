@@ -163,7 +163,7 @@ impl Measures {
 }
 
 /// E1 to E4 on one passage.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
     /// Mean negative log-likelihood of the continuation, nats per token.
     #[serde(with = "nullable")]

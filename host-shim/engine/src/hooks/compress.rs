@@ -11,7 +11,7 @@ use super::{KvPlugins, PluginConfig};
 use crate::cache::{BlockPool, CacheConfig, SequenceCache, SequenceId};
 use crate::error::{Error, Result};
 use crate::model::Config;
-use crate::rank::{Ranks, RankState};
+use crate::rank::{RankState, Ranks};
 use crate::runner::{Begin, Work};
 
 /// What a compression changes: the parts of a [`Runner`](crate::Runner).
@@ -208,11 +208,18 @@ impl Hooks {
     ///
     /// # Errors
     /// [`Error::Plugin`] where rows that stay have positions from `next_position` on.
-    pub(crate) fn cut(&mut self, pool: Option<&mut BlockPool>, id: SequenceId, lengths: &[u64], next_position: u32) -> Result<()> {
+    pub(crate) fn cut(
+        &mut self,
+        pool: Option<&mut BlockPool>,
+        id: SequenceId,
+        lengths: &[u64],
+        next_position: u32,
+    ) -> Result<()> {
         let Some(tracked) = self.sequences.get_mut(&id) else { return Ok(()) };
         self.plugins.cut(tracked.uid, lengths, next_position)?;
         tracked.cut_at(next_position);
-        let below = |pending: &mut Pending| pending.layers.iter().zip(lengths).any(|(then, now)| then.len as u64 > *now);
+        let below =
+            |pending: &mut Pending| pending.layers.iter().zip(lengths).any(|(then, now)| then.len as u64 > *now);
         if let Some(pending) = tracked.pending.take_if(below) {
             give_back(pool, pending.fresh);
             tracked.keeps(Reason::DROPPED);

@@ -313,10 +313,8 @@ impl KvPlugins {
 
     /// Prepares sequences on the rank's thread; for each the ticket, or why it is kept.
     pub(super) fn prepare(&self, rank: &mut RankState, candidates: &[Candidate]) -> Result<Vec<Prepared>> {
-        let views: Vec<Vec<KvhLayer>> = candidates
-            .iter()
-            .map(|candidate| describe_all(rank, candidate.id, &candidate.layers))
-            .collect();
+        let views: Vec<Vec<KvhLayer>> =
+            candidates.iter().map(|candidate| describe_all(rank, candidate.id, &candidate.layers)).collect();
         let mut sequences: Vec<KvhookPrepareSequence> = candidates
             .iter()
             .zip(&views)
@@ -370,9 +368,7 @@ impl KvPlugins {
     /// Drops a ticket because there is no room for its rows.
     pub(super) fn drop_for_room(&self, ticket: u64) -> Result<()> {
         // SAFETY: the host lives.
-        call("kvhook_drop", |error| unsafe {
-            kvhook_drop(self.host.as_ptr(), ticket, KVH_REASON_NO_ROOM, error)
-        })
+        call("kvhook_drop", |error| unsafe { kvhook_drop(self.host.as_ptr(), ticket, KVH_REASON_NO_ROOM, error) })
     }
 
     /// Ordinals of the blocks that each layer's table keeps.
@@ -413,9 +409,7 @@ impl KvPlugins {
         };
         // SAFETY: the host lives. The rows belong to this rank, on whose thread we are, and are described as they lie;
         // those to be written are the sequence's alone, or fresh.
-        call("kvhook_commit", |error| unsafe {
-            kvhook_commit(self.host.as_ptr(), rank.rank as u32, &mut raw, error)
-        })?;
+        call("kvhook_commit", |error| unsafe { kvhook_commit(self.host.as_ptr(), rank.rank as u32, &mut raw, error) })?;
         let lengths = lengths_of(&lengths);
         let mut freed = 0;
         if let RankCache::Contiguous(cache) = &mut rank.cache {
@@ -462,7 +456,9 @@ impl KvPlugins {
             } else {
                 // SAFETY: the host's table for this layer, valid until the sequence's next commit, cut or end, none of
                 // which runs meanwhile: the caller holds the runner.
-                unsafe { std::slice::from_raw_parts(table.data.offset(head as isize * table.stride_head as isize), count) }
+                unsafe {
+                    std::slice::from_raw_parts(table.data.offset(head as isize * table.stride_head as isize), count)
+                }
             };
             let later = (count..length).map(|row| next_position - (length - row) as u32);
             known.iter().copied().chain(later).collect()
@@ -502,10 +498,7 @@ fn call(function: &'static str, run: impl FnOnce(*mut KvhText) -> KvhookStatus) 
     Err(Error::Plugin { function, status, name: static_text(kvhook_status_name(status)), message })
 }
 
-fn began(
-    function: &'static str,
-    run: impl FnOnce(*mut KvhookSequence, *mut KvhText) -> KvhookStatus,
-) -> Result<Began> {
+fn began(function: &'static str, run: impl FnOnce(*mut KvhookSequence, *mut KvhText) -> KvhookStatus) -> Result<Began> {
     let mut out = KvhookSequence {
         struct_size: size_of::<KvhookSequence>(),
         uid: 0,
@@ -525,10 +518,7 @@ fn began(
 }
 
 /// A text of any length: the host says how much room it takes.
-fn whole_text(
-    function: &'static str,
-    run: impl Fn(*mut KvhText, *mut KvhText) -> KvhookStatus,
-) -> Result<String> {
+fn whole_text(function: &'static str, run: impl Fn(*mut KvhText, *mut KvhText) -> KvhookStatus) -> Result<String> {
     let mut buffer = vec![0; 16 << 10];
     loop {
         let mut out = KvhText::over(&mut buffer);
