@@ -14,7 +14,7 @@ use crate::config::{Config, ConfigError, Key, Values};
 use crate::error::PluginError;
 use crate::model::LayerInfo;
 use crate::offers::{Can, FreeReason, Hooks, Needs, Phases, Reason};
-use crate::plan::{Request, Requests};
+use crate::plan::{Plan, Request, Requests};
 use crate::plugin::{Bound, BoundArgs, CreateContext, Plugin};
 use crate::raw::KvhRange;
 use crate::step::{StepSequence, StepView};
@@ -46,7 +46,7 @@ pub trait Scorer: Sized + Send + Sync + 'static {
     /// run in parallel.
     ///
     /// # Errors
-    /// Every sequence of the call is kept.
+    /// The sequence is kept; others of the same call are not touched by it.
     fn score(&self, layer: &LayerView<'_>, head: usize, scores: &mut [f32]) -> Result<(), PluginError>;
 }
 
@@ -202,7 +202,17 @@ impl<S: Scorer> Plugin for Scored<S> {
     }
 
     fn on_prefill_done(&mut self, _call: &Call<'_>, mut requests: Requests<'_>) -> Result<(), PluginError> {
-        requests.try_for_each(|request| self.plan(request?))
+        requests.try_for_each(|request| {
+            let Request { sequence, mut plan } = request?;
+            // A failure keeps its own sequence only: a plan may not depend on what else is in the call.
+            self.plan(&sequence, &mut plan).or_else(|error| {
+                let reason = match error {
+                    PluginError::Unsupported(_) => Reason::Unsupported,
+                    _ => Reason::Other,
+                };
+                plan.keep(reason, &error.to_string())
+            })
+        })
     }
 
     fn before_attention(&mut self, _call: &Call<'_>, step: &StepView<'_>) -> Result<(), PluginError> {
@@ -255,8 +265,7 @@ impl<S: Scorer> Scored<S> {
         }
     }
 
-    fn plan(&self, request: Request<'_>) -> Result<(), PluginError> {
-        let Request { sequence, mut plan } = request;
+    fn plan(&self, sequence: &SequenceView<'_>, plan: &mut Plan<'_>) -> Result<(), PluginError> {
         if sequence.next_position() < self.config.min_tokens {
             return plan.keep(Reason::TooShort, "");
         }
@@ -281,7 +290,7 @@ impl<S: Scorer> Scored<S> {
                 }
                 continue;
             }
-            let Some(layer) = self.add_queries(*layer, &sequence) else {
+            let Some(layer) = self.add_queries(*layer, sequence) else {
                 return plan.keep(Reason::QueriesMissing, "");
             };
             if *count == 0 || *count == layer.length() {

@@ -236,29 +236,28 @@ fn needs_follow_the_config() {
 }
 
 #[test]
-fn failures_are_statuses_with_a_reason() {
+fn a_failure_keeps_its_sequence_and_says_why() {
     let host = MockHost::default();
     let model = Model::new(0, 1, 2, 4, 4);
     let loaded = Loaded::new(FIRST.get(), &host, &model, b"budget=8,recent=1").unwrap();
     let mut broken = cache(40, 0);
     let plan = |cache: &Cache| prepare(&loaded, 0, 1, vec![cache.layer(0)], NO_SEGMENTS, 40);
     broken.v[40 * 4 + 9 * 4] = f32::NAN;
-    let (status, text) = plan(&broken).unwrap_err();
-    assert_eq!(status, KVH_ERR_INTERNAL);
-    assert!(text.contains("layer 0, head 1") && text.contains('9'), "{text}");
+    let kept = |made: Made, reason: i32, words: &[&str]| {
+        assert_eq!((made.kind, made.reason), (KVH_PLAN_KEEP, reason), "{}", made.message);
+        assert!(words.iter().all(|word| made.message.contains(word)), "{}", made.message);
+    };
+    kept(plan(&broken).unwrap(), KVH_REASON_OTHER, &["layer 0, head 1", "token 9", "NaN"]);
 
     let odd = KvhDtype { code: 17, bits: 8, lanes: 1 };
     let good = cache(40, 0);
     let mut layer = good.layer(0);
     layer.v.dtype = odd;
-    let (status, text) = prepare(&loaded, 0, 1, vec![layer], NO_SEGMENTS, 40).unwrap_err();
-    assert_eq!(status, KVH_ERR_UNSUPPORTED);
-    assert!(text.contains("code 17 with 8 bits"), "{text}");
+    let made = prepare(&loaded, 0, 1, vec![layer], NO_SEGMENTS, 40).unwrap();
+    kept(made, KVH_REASON_UNSUPPORTED, &["code 17 with 8 bits"]);
 
     host.refuse_memory.store(true, std::sync::atomic::Ordering::Relaxed);
-    let (status, text) = plan(&good).unwrap_err();
-    assert_eq!(status, KVH_ERR_OUT_OF_MEMORY);
-    assert!(text.contains("the pool is empty"), "{text}");
+    kept(plan(&good).unwrap(), KVH_REASON_OTHER, &["the pool is empty"]);
     host.refuse_memory.store(false, std::sync::atomic::Ordering::Relaxed);
     assert_eq!(plan(&good).unwrap().kind, KVH_PLAN_SELECT, "an error does not poison");
 }

@@ -8,7 +8,7 @@ mod common;
 
 use std::process::ExitCode;
 
-use common::{Random, cores, gigabytes_per_second, memcpy, take_turns};
+use common::{Random, Turns, cores, gigabytes_per_second, memcpy, take_turns};
 use kvhook_kernels::{Dtype, Indices, KernelError, Layout, Rows, parallel, select};
 
 const LENGTH: usize = 8192;
@@ -125,8 +125,7 @@ fn measure(memory: &mut [u8], shape: &Shape, selection: &Selection) -> bool {
     };
     // SAFETY: made from `memory`, used only while no gather runs.
     let whole = || unsafe { std::slice::from_raw_parts_mut(base, tensors * tensor) };
-    let (plain, gathered) = take_turns(|| memcpy(whole(), moved), gather);
-    let ratio = plain.as_secs_f64() / gathered.as_secs_f64();
+    let Turns { first: plain, second: gathered, ratio } = take_turns(|| memcpy(whole(), moved), gather);
     let gated = if selection.shared { shape.gated.1 } else { shape.gated.0 };
     let good = !gated || ratio >= selection.gate;
     println!(

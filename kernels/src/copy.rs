@@ -114,15 +114,17 @@ impl Mover {
         prefetch::<false>(row, self.unit);
     }
 
-    /// Starts loading a row that is not moved, as one link in a stream of adjacent rows.
+    /// Starts loading rows that are not moved, as one link in a stream of adjacent rows.
     ///
     /// # Safety
-    /// The row must be inside the source, and the head among `heads`.
+    /// The rows must be inside the source, and the head among `heads`.
     #[inline(always)]
-    pub(crate) unsafe fn fetch_between(self, token: usize, head: usize) {
-        // SAFETY: the caller's promise.
-        let row = unsafe { self.source.locate(token, head) };
-        prefetch::<true>(row, self.unit);
+    pub(crate) unsafe fn fetch_between(self, tokens: Range<usize>, head: usize) {
+        for token in tokens {
+            // SAFETY: the caller's promise.
+            let row = unsafe { self.source.locate(token, head) };
+            prefetch::<true>(row, self.unit);
+        }
     }
 
     /// Whether both views describe the same rows, so that a move is in place.

@@ -41,20 +41,25 @@ pub fn gather(
         check_moves(indices.of(head)?, head, source.capacity(), in_place.then_some(destination_start))?;
     }
 
-    let layout = destination.layout();
-    let heads_are_closer = layout.stride_head.unsigned_abs() < layout.stride_token.unsigned_abs();
     let lists = mover.heads().map(|head| indices.of(head)).collect::<Result<Vec<_>, _>>()?;
     let first_head = mover.heads().start;
-    match mover.widest_gap().filter(|&gap| lists.iter().all(|list| is_dense(list, gap))) {
-        // What lies close together is swept together.
+    let order = Order::of(source);
+    // Where heads lie between each other, a stream goes through the rows of all of them.
+    let left_out = |gap| if order == Order::HeadByHead || lists.len() == 1 { gap } else { usize::MAX };
+    match mover.widest_gap().filter(|&gap| lists.iter().all(|list| is_dense(list, left_out(gap)))) {
         Some(gap) => {
-            for (number, lists) in lists.chunks(if heads_are_closer { lists.len().max(1) } else { 1 }).enumerate() {
+            let (heads, window) = match order {
+                Order::HeadByHead => (1, usize::MAX),
+                Order::BlockByBlock(tokens) => (lists.len().max(1), tokens),
+                Order::TokenByToken => (lists.len().max(1), 1),
+            };
+            for (first_head, lists) in (first_head..).step_by(heads).zip(lists.chunks(heads)) {
                 // SAFETY: every index and the last destination were checked.
-                unsafe { sweep(mover, lists, first_head + number, gap, destination_start) };
+                unsafe { sweep(mover, lists, first_head, window, gap, destination_start) };
             }
         }
         None => {
-            let tile = if heads_are_closer { TILE } else { indices.count.max(1) };
+            let tile = if order == Order::HeadByHead { indices.count.max(1) } else { TILE };
             for start in (0..indices.count).step_by(tile) {
                 for (head, list) in (first_head..).zip(&lists) {
                     let places = start..indices.count.min(start + tile);
@@ -81,34 +86,93 @@ fn is_dense(list: &[u32], gap: usize) -> bool {
     2 * between <= 3 * list.len()
 }
 
-/// Moves rows in the order in which they lie in memory, token after token, those of `lists` of adjacent heads in turn.
-/// Rows that are skipped are read, too, into the cache: a stream without gaps is what the processor's prefetch is good at.
+/// The order in which rows lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// All tokens of a head, then the next head.
+    HeadByHead,
+    /// Head by head the tokens of one block, this many, then the next block.
+    BlockByBlock(usize),
+    /// All heads of a token, then the next token.
+    TokenByToken,
+}
+
+impl Order {
+    fn of(rows: &Rows) -> Self {
+        let layout = rows.layout();
+        let head = layout.stride_head.unsigned_abs();
+        if head < layout.stride_token.unsigned_abs() {
+            Self::TokenByToken
+        } else if layout.block_size > 0 && head < layout.stride_block.unsigned_abs() {
+            Self::BlockByBlock(layout.block_size)
+        } else {
+            Self::HeadByHead
+        }
+    }
+}
+
+/// Moves rows of adjacent heads in the order in which they lie in memory, `window` tokens of each head in turn. Rows that
+/// are skipped are read, too, into the cache: a stream without gaps is what the processor's prefetch is good at.
 ///
 /// # Safety
 /// The rows must be inside both views, and the heads among the mover's. The lists must ascend.
-unsafe fn sweep(mover: Mover, lists: &[&[u32]], first_head: usize, gap: usize, destination_start: usize) {
+unsafe fn sweep(
+    mover: Mover,
+    lists: &[&[u32]],
+    first_head: usize,
+    window: usize,
+    gap: usize,
+    destination_start: usize,
+) {
     let mut places = vec![0; lists.len()];
-    let Some(mut token) = lists.iter().filter_map(|list| list.first().copied()).min() else { return };
-    loop {
-        let mut next: Option<u32> = None;
-        for ((head, list), place) in (first_head..).zip(lists).zip(&mut places) {
-            // SAFETY: the caller's promise; a token below one of the list is inside the source, too.
-            unsafe {
-                match list.get(*place) {
-                    Some(&kept) if kept == token => {
-                        mover.move_one(token as usize, destination_start + *place, head);
-                        *place += 1;
-                    }
-                    Some(_) => mover.fetch_between(token as usize, head),
-                    None => {}
-                }
-            }
-            if let Some(&kept) = list.get(*place) {
-                next = Some(next.map_or(kept, |next| next.min(kept)));
-            }
+    let first_left = |places: &[usize]| {
+        let left = lists.iter().zip(places).filter_map(|(list, &place)| list.get(place));
+        left.min().map(|&token| token as usize)
+    };
+    let mut token = 0;
+    while let Some(next) = first_left(&places) {
+        if next - token > gap {
+            token = next;
         }
-        let Some(next) = next else { return };
-        token = if (next - token) as usize > gap + 1 { next } else { token + 1 };
+        let end = (token / window + 1).saturating_mul(window);
+        for ((head, list), place) in (first_head..).zip(lists).zip(&mut places) {
+            // SAFETY: passed on from the caller.
+            unsafe { sweep_head(mover, list, place, token..end, head, gap, destination_start) };
+        }
+        token = end;
+    }
+}
+
+/// Moves the rows of one head that are among `tokens`. `place` is that of the first of them, and then of the first behind.
+///
+/// # Safety
+/// As [`sweep`].
+#[inline(always)]
+unsafe fn sweep_head(
+    mover: Mover,
+    list: &[u32],
+    place: &mut usize,
+    tokens: Range<usize>,
+    head: usize,
+    gap: usize,
+    destination_start: usize,
+) {
+    let mut token = tokens.start;
+    // SAFETY: the caller's promise; a token below one of the list is inside the source, too.
+    unsafe {
+        while let Some(&kept) = list.get(*place) {
+            let kept = kept as usize;
+            let between = token..kept.min(tokens.end);
+            if between.len() <= gap {
+                mover.fetch_between(between, head);
+            }
+            if kept >= tokens.end {
+                break;
+            }
+            mover.move_one(kept, destination_start + *place, head);
+            token = kept + 1;
+            *place += 1;
+        }
     }
 }
 

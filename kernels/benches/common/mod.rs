@@ -27,16 +27,26 @@ pub fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// Medians of two candidates that take turns, after one run of each to warm up.
-pub fn take_turns(mut first: impl FnMut(), mut second: impl FnMut()) -> (Duration, Duration) {
+/// Times of two candidates that take turns.
+pub struct Turns {
+    /// Median of the first.
+    pub first: Duration,
+    /// Median of the second.
+    pub second: Duration,
+    /// Median of how many times as long as the second the first took, turn by turn: what slows down the machine for a
+    /// while slows down both.
+    pub ratio: f64,
+}
+
+/// Lets two candidates take turns, after one run of each to warm up.
+pub fn take_turns(mut first: impl FnMut(), mut second: impl FnMut()) -> Turns {
     first();
     second();
-    let (mut firsts, mut seconds) = (Vec::new(), Vec::new());
-    for _ in 0..RUNS {
-        firsts.push(time(&mut first));
-        seconds.push(time(&mut second));
-    }
-    (median(firsts), median(seconds))
+    let turns: Vec<_> = (0..RUNS).map(|_| (time(&mut first), time(&mut second))).collect();
+    let mut ratios: Vec<f64> = turns.iter().map(|(first, second)| first.as_secs_f64() / second.as_secs_f64()).collect();
+    ratios.sort_unstable_by(f64::total_cmp);
+    let (firsts, seconds) = turns.into_iter().unzip();
+    Turns { first: median(firsts), second: median(seconds), ratio: ratios[RUNS / 2] }
 }
 
 /// Bytes over time.

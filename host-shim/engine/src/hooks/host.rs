@@ -392,10 +392,9 @@ impl KvPlugins {
     /// Carries a ticket out on the rank's thread. A contiguous cache then gives back the room that became free.
     pub(super) fn commit(&self, rank: &mut RankState, commit: &Commit) -> Result<Committed> {
         let views = describe_all(rank, commit.id, &commit.layers);
-        let fresh = match &commit.fresh {
-            None => Vec::new(),
-            Some(blocks) => describe_all(rank, commit.id, &fresh_layers(rank, blocks)),
-        };
+        // The views lead to the tables in these layers.
+        let fresh_layers = commit.fresh.as_ref().map_or_else(Vec::new, |blocks| fresh_layers(rank, blocks));
+        let fresh = describe_all(rank, commit.id, &fresh_layers);
         let mut lengths = vec![0u64; self.layers];
         let mut raw = KvhookCommit {
             struct_size: size_of::<KvhookCommit>(),
