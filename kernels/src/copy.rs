@@ -12,7 +12,7 @@ const RUN_BYTES: usize = 8 << 10;
 const STREAM_BYTES: usize = 1 << 20;
 
 /// Bytes between the row that is copied and the row that is fetched.
-const AHEAD_BYTES: usize = 4 << 10;
+const AHEAD_BYTES: usize = 8 << 10;
 
 /// Bytes between two rows from which on a sweep leaves out what lies between: the processor's prefetch follows a stream
 /// no further than a page.
@@ -99,7 +99,7 @@ impl Mover {
     /// `None`: it never is.
     pub(crate) fn widest_gap(&self) -> Option<usize> {
         let rows = GAP_BYTES / self.unit;
-        (cfg!(target_arch = "x86_64") && self.large && rows > 0).then_some(rows)
+        (cfg!(target_arch = "x86_64") && self.large && rows > 3).then_some(rows)
     }
 
     /// Starts loading a row that will be moved some rows later: into the second-level cache, which takes more requests

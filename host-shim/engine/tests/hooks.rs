@@ -6,7 +6,8 @@
 mod common;
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use common::{CONTIGUOUS, bits, model, novel, paged, runner};
 use kvhook_engine::cache::{KvBuffer, read_rows};
@@ -18,13 +19,11 @@ use kvhook_engine::{
     SequenceId,
 };
 
-/// Arms by name, plugin and config; copies go to a folder of the tests' own.
+/// Arms by name, plugin and config; copies go to cargo's folder for tests.
 fn plugins(arms: &[(&str, &str, &str)]) -> PluginConfig {
-    static COPIES: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let copies = COPIES.get_or_init(|| tempfile::tempdir().unwrap());
     PluginConfig {
         arms: arms.iter().map(|(name, plugin, config)| ArmConfig::new(*name, *plugin, *config)).collect(),
-        copy_folder: Some(copies.path().to_owned()),
+        copy_folder: Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("copies")),
         ..PluginConfig::default()
     }
 }

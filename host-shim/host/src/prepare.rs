@@ -468,9 +468,7 @@ impl Host {
             return Err(Refusal::new(KVHOOK_REASON_DROPPED, ""));
         };
         ticket.ranks[rank] = RankTicket::Planned(Arc::new(held));
-        ticket.choose_movement().map_err(|reason| {
-            Refusal::new(reason, "rows that others see would be written, and no fresh rows were promised")
-        })
+        ticket.choose_movement()
     }
 
     /// Drops the ticket of a member that is kept. Gives the reason.

@@ -3,11 +3,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use kvhook_abi::raw::KVH_REASON_NO_ROOM;
+
 use crate::error::HostError;
 use crate::host::Host;
 use crate::instance::Event;
 use crate::memory::Block;
-use crate::plan::Plan;
+use crate::plan::{Plan, Refusal};
 use crate::raw::*;
 use crate::sequence::{Sequence, State};
 
@@ -114,9 +116,17 @@ impl Ticket {
     /// Chooses how the rows move, when every rank has a plan.
     ///
     /// # Errors
-    /// `KVH_REASON_NO_ROOM` where rows that others see would be written.
-    pub fn choose_movement(&mut self) -> Result<(), KvhookReason> {
+    /// `KVH_REASON_NO_ROOM` where rows that others see would be written; `KVHOOK_REASON_BAD_POSITION` where the ranks' plans
+    /// do not set the same next position.
+    pub fn choose_movement(&mut self) -> Result<(), Refusal> {
         let Some(plans) = self.plans() else { return Ok(()) };
+        let moved = |held: &Held| held.plan.moved_position;
+        if let Some(pair) = plans.windows(2).find(|pair| moved(pair[0]) != moved(pair[1])) {
+            return Err(Refusal::new(
+                KVHOOK_REASON_BAD_POSITION,
+                format!("the ranks' plans set different next positions: {:?} and {:?}", moved(pair[0]), moved(pair[1])),
+            ));
+        }
         let table = plans.first().and_then(|held| held.plan.table.as_ref());
         let movement =
             if !self.moves_rows && table.is_some() && plans.iter().all(|held| held.plan.table.as_ref() == table) {
@@ -126,7 +136,10 @@ impl Ticket {
             } else if plans.iter().all(|held| held.plan.first_written() >= held.protected) {
                 KVHOOK_MOVE_IN_PLACE
             } else {
-                return Err(kvhook_abi::raw::KVH_REASON_NO_ROOM);
+                return Err(Refusal::new(
+                    KVH_REASON_NO_ROOM,
+                    "rows that others see would be written, and no fresh rows were promised",
+                ));
             };
         self.movement = Some(movement);
         Ok(())

@@ -1,1 +1,17 @@
-//! Benchmarks that gate on ratios within one run.
+//! Benchmarks that gate on ratios within one run: `cargo bench -p kvhook-bench`.
+//!
+//! | benchmark | measures | gate |
+//! | --- | --- | --- |
+//! | `hook` | an empty hook through the C boundary, with the guard | 20 ns |
+//! | `commit` | a compression through the host's C API against memcpy of the same bytes | see there |
+//! | `decode` | decode with `noop`, without plugins, and after a cut | 1 %, 1 %, 5 % |
+//! | `hooks_share` | the whole `truncate` hook against prefill, by importance | none |
+//!
+//! The bandwidth of the moving itself is gated beside the kernels: `cargo bench -p kvhook-kernels --bench select`.
+//!
+//! Each prints a table and exits with an error when a gate fails. Candidates take turns within one run, so that what slows
+//! down the machine for a while slows down all of them; figures are medians.
+
+pub mod measure;
+pub mod model;
+pub mod rig;

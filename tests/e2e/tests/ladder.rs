@@ -4,8 +4,8 @@
 //! then `x_{T-1}` and the continuation are fed at their logical positions, so that all `M` distributions come from the
 //! compressed cache. They are compared with those of the full cache: KL in nats a token, and perplexity.
 //!
-//! The gates leave a factor of about two over a first measurement of the same methods in another framework. The orders and
-//! the two negative cases show that the figures tell good from bad.
+//! Same in, same out: the figures are the same on every machine, and each gate is about twice what was measured when it
+//! was set. The orders and the two negative cases show that the figures tell good from bad.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -43,12 +43,12 @@ fn arms() -> Vec<Arm> {
     let arm = |name, keep: f64, rest: &str, gate| Arm { name, config: format!("keep={keep},{rest}"), keep, gate };
     vec![
         arm("identity", 1.0, "history=none", None),
-        arm("streaming-50", 0.5, "history=none", Some(0.20)),
-        arm("streaming-25", 0.25, "history=none", Some(0.45)),
-        arm("key_diff-50", 0.5, KEY_DIFF, Some(0.13)),
-        arm("key_diff-25", 0.25, KEY_DIFF, Some(0.35)),
-        arm("snapkv-50", 0.5, ATTENTION, Some(0.04)),
-        arm("snapkv-25", 0.25, ATTENTION, Some(0.22)),
+        arm("streaming-50", 0.5, "history=none", Some(0.10)),
+        arm("streaming-25", 0.25, "history=none", Some(0.12)),
+        arm("key_diff-50", 0.5, KEY_DIFF, Some(0.08)),
+        arm("key_diff-25", 0.25, KEY_DIFF, Some(0.15)),
+        arm("snapkv-50", 0.5, ATTENTION, Some(0.025)),
+        arm("snapkv-25", 0.25, ATTENTION, Some(0.07)),
         arm("random-50", 0.5, RANDOM, None),
         arm("random-25", 0.25, RANDOM, None),
         arm("unguarded-50", 0.5, &format!("{RANDOM},sinks=0,recent=0"), None),
@@ -70,6 +70,14 @@ fn continuation(runner: &mut Runner, passage: &[u32], arm: &str, kept: usize, re
     if restart {
         runner.parts_mut(id).unwrap().1.next_position = kept as u32;
     }
+    let rows = runner.score(id, &rest[..M], Scoring::Together).unwrap();
+    runner.free(id).unwrap();
+    rows
+}
+
+/// Logits of the continuation behind nothing but the last token of the prefix.
+fn alone(runner: &mut Runner, rest: &[u32]) -> Vec<LogitsRow> {
+    let id = runner.begin_on(&Begin { arm: Some("none"), ..Begin::new(&[]) }).unwrap();
     let rows = runner.score(id, &rest[..M], Scoring::Together).unwrap();
     runner.free(id).unwrap();
     rows
@@ -108,6 +116,7 @@ fn measure(arms: &[Arm]) -> BTreeMap<&'static str, Measured> {
             let targets = &passage[T..];
             let full = continuation(&mut runner, passage, "none", T - 1, false);
             measured.entry("full").or_default().add(&full, &full, targets);
+            measured.entry("no prefix").or_default().add(&full, &alone(&mut runner, &passage[T - 1..]), targets);
             for arm in arms {
                 let kept = ((T - 1) as f64 * arm.keep) as usize;
                 let rows = continuation(&mut runner, passage, arm.name, kept, false);
@@ -129,7 +138,7 @@ fn compression_costs_no_more_than_its_gate() {
     let measured = measure(&arms);
     println!("T = {T}, M = {M}, {} passages; mean and standard error over passages", PASSAGES.len() * 2);
     println!("{:<14} {:>16} {:>8} {:>7}  gate", "arm", "KL", "PPL", "top-1");
-    let order = std::iter::once(("full", None)).chain(arms.iter().map(|arm| (arm.name, arm.gate)));
+    let order = [("full", None), ("no prefix", None)].into_iter().chain(arms.iter().map(|arm| (arm.name, arm.gate)));
     for (name, gate) in order.chain([("restarted-25", None)]) {
         let Measured { kl, loss, agreement } = &measured[name];
         let (kl, ppl, top1) = (summarise(kl), perplexity(summarise(loss).mean), summarise(agreement).mean);
@@ -148,8 +157,11 @@ fn compression_costs_no_more_than_its_gate() {
         let difference = paired_difference(good, random);
         assert!(difference.mean < 0.0, "SnapKV is not better than random at {keep} %: {difference:?}");
         let unguarded = measured[format!("unguarded-{keep}").as_str()].kl();
-        assert!(unguarded > 0.5, "random rows without sinks look good at {keep} %: KL {unguarded:.4}");
+        let guarded = measured[format!("random-{keep}").as_str()].kl();
+        assert!(unguarded > 5.0 * guarded, "random rows without sinks look good at {keep} %: KL {unguarded:.4}");
     }
+    let unguarded = measured["unguarded-25"].kl();
+    assert!(unguarded > 0.5, "random rows without sinks look good: KL {unguarded:.4}");
     let restarted = measured["restarted-25"].kl();
     assert!(restarted > 1.0, "keys rotated for other positions look good: KL {restarted:.4}");
 }

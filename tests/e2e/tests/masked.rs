@@ -16,8 +16,9 @@ use kvhook_engine::{Begin, CacheConfig, Runner, SequenceId};
 // Builds the plugin's shared library.
 use kvhook_truncate as _;
 
-/// Most that a logit may differ by rounding; logits are up to about 30.
-const BOUND: f32 = 2e-3;
+/// Most that a logit may differ by rounding, in an f32 cache; logits are up to about 30. Differences of 1e-4 to 2e-4 were
+/// seen, and of 0.1 where one entry of one head of one layer is wrong.
+const BOUND: f32 = 1e-3;
 
 const SINKS: usize = 4;
 const RECENT: usize = 32;
@@ -55,17 +56,15 @@ impl Dropped {
         reference.logits(tokens, &positions, tokens.len() - rows, &visible).unwrap()
     }
 
-    /// An entry of the middle layer that the first commit dropped: its head and position.
-    fn first_dropped(&self, layer: usize) -> (usize, usize) {
-        let entries =
-            self.0[layer].iter().enumerate().flat_map(|(head, entries)| entries.iter().map(move |at| (head, at)));
-        let first = self.0[layer].iter().flatten().min().unwrap();
-        let (place, (head, _)) = entries.enumerate().find(|(_, (_, at))| *at == first).unwrap();
-        (head, place % self.0[layer][head].len())
+    /// KV head and position of an entry of a layer that was dropped.
+    fn any_of(&self, layer: usize) -> (usize, usize) {
+        let dropped = |entries: &Vec<usize>| entries.iter().position(|until| *until < usize::MAX);
+        let mut heads = self.0[layer].iter().enumerate();
+        heads.find_map(|(head, entries)| Some((head, dropped(entries)?))).unwrap()
     }
 }
 
-/// Largest difference of two logits, and of the first rows alone.
+/// Largest difference of two logits.
 fn difference(a: &[LogitsRow], b: &[LogitsRow]) -> f32 {
     assert_eq!(a.len(), b.len());
     let of_row = |(a, b): (&LogitsRow, &LogitsRow)| {
@@ -205,7 +204,7 @@ fn a_prompt_compressed_at_its_end_equals_masked_attention() {
     // The bound sees one entry of one head of one layer, and positions that are one too high.
     let key_diff = &runs[2];
     let mut other = key_diff.dropped.clone();
-    let (head, position) = other.first_dropped(0);
+    let (head, position) = other.any_of(0);
     other.0[0][head][position] = usize::MAX;
     let one = difference(&key_diff.rows, &other.reference(tokens, ANSWER));
     let mut shifted = key_diff.dropped.clone();
