@@ -4,7 +4,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Random, cores, gigabytes_per_second, memcpy, take_turns};
+use common::{Random, Turns, cores, gigabytes_per_second, memcpy, take_turns};
 use kvhook_kernels::key_diff::key_diff;
 use kvhook_kernels::norms::row_norms;
 use kvhook_kernels::sample::{Draw, sample};
@@ -56,7 +56,7 @@ fn main() {
             parallel::for_each_on(cores(), tasks, |(keys, head, out)| operation(keys, head, out))
                 .expect("sound arguments");
         };
-        let (plain, time) = take_turns(|| memcpy(&mut other, bytes), run);
+        let Turns { first: plain, second: time, .. } = take_turns(|| memcpy(&mut other, bytes), run);
         line(name, layers, bytes, time, plain, layers * KV_HEADS * LENGTH * operations);
     };
     measure("row_norms", LAYERS, 2 * DIM, &|keys, head, out| row_norms(keys, head..head + 1, 0..LENGTH, out));
@@ -75,7 +75,7 @@ fn main() {
         scores.chunks(LENGTH).for_each(|scores| choose(scores, kept).expect("sound arguments"));
     };
     let mut twin = vec![0u32; LENGTH / 4];
-    let (largest, drawn) = take_turns(
+    let Turns { first: largest, second: drawn, .. } = take_turns(
         || each_list(&|scores, kept| top_k(scores, PROTECTED, kept), &mut kept),
         || each_list(&|scores, kept| sample(scores, PROTECTED, draw, kept), &mut twin),
     );

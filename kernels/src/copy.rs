@@ -114,17 +114,31 @@ impl Mover {
         prefetch::<false>(row, self.unit);
     }
 
-    /// Starts loading rows that are not moved, as one link in a stream of adjacent rows.
+    /// Starts loading a row that is not moved, as one link in a stream of adjacent rows.
+    #[inline(always)]
+    pub(crate) fn fetch_between(self, row: *const u8) {
+        prefetch::<true>(row, self.unit);
+    }
+
+    /// The rows of a head around a token, as far as its block reaches.
     ///
     /// # Safety
-    /// The rows must be inside the source, and the head among `heads`.
+    /// The row must be inside the source, and the head among `heads`.
     #[inline(always)]
-    pub(crate) unsafe fn fetch_between(self, tokens: Range<usize>, head: usize) {
-        for token in tokens {
-            // SAFETY: the caller's promise.
-            let row = unsafe { self.source.locate(token, head) };
-            prefetch::<true>(row, self.unit);
-        }
+    pub(crate) unsafe fn window(self, token: usize, head: usize) -> Window {
+        // SAFETY: the caller's promise.
+        let row = unsafe { self.source.locate(token, head) };
+        Window { row, token, stride: self.source.layout().stride_token }
+    }
+
+    /// Moves a row of the source, or a token's rows of all heads.
+    ///
+    /// # Safety
+    /// `source` must be such a row, `to` inside the destination, and the head among `heads`.
+    #[inline(always)]
+    pub(crate) unsafe fn move_from(self, source: *const u8, to: usize, head: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.move_unit(source, self.destination.locate(to, head)) };
     }
 
     /// Whether both views describe the same rows, so that a move is in place.
@@ -261,6 +275,23 @@ impl Mover {
             // SAFETY: the caller promises all elements of the row.
             unsafe { std::ptr::copy(source, destination, from.dtype.size()) };
         }
+    }
+}
+
+/// Rows of one head in one block, at one distance.
+#[derive(Clone, Copy)]
+pub(crate) struct Window {
+    row: *const u8,
+    /// The token of `row`.
+    token: usize,
+    stride: isize,
+}
+
+impl Window {
+    /// Address of the row of a token, not before the first and in its block.
+    #[inline(always)]
+    pub(crate) fn row(self, token: usize) -> *const u8 {
+        self.row.wrapping_offset((token - self.token) as isize * self.stride)
     }
 }
 

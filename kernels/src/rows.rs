@@ -137,6 +137,11 @@ impl Layout {
         self.head_dim * self.dtype.size()
     }
 
+    /// Tokens whose rows of one head are at one distance: those of a block, or all.
+    pub(crate) fn block_or_all(&self) -> usize {
+        if self.block_size == 0 { usize::MAX } else { self.block_size }
+    }
+
     /// Whether the elements of a row are adjacent.
     #[inline]
     pub(crate) fn dense_rows(&self) -> bool {

@@ -48,11 +48,8 @@ pub fn gather(
     let left_out = |gap| if order == Order::HeadByHead || lists.len() == 1 { gap } else { usize::MAX };
     match mover.widest_gap().filter(|&gap| lists.iter().all(|list| is_dense(list, left_out(gap)))) {
         Some(gap) => {
-            let (heads, window) = match order {
-                Order::HeadByHead => (1, usize::MAX),
-                Order::BlockByBlock(tokens) => (lists.len().max(1), tokens),
-                Order::TokenByToken => (lists.len().max(1), 1),
-            };
+            let heads = if order == Order::HeadByHead { 1 } else { lists.len().max(1) };
+            let window = if order == Order::TokenByToken { 1 } else { source.layout().block_or_all() };
             for (first_head, lists) in (first_head..).step_by(heads).zip(lists.chunks(heads)) {
                 // SAFETY: every index and the last destination were checked.
                 unsafe { sweep(mover, lists, first_head, window, gap, destination_start) };
@@ -91,8 +88,8 @@ fn is_dense(list: &[u32], gap: usize) -> bool {
 enum Order {
     /// All tokens of a head, then the next head.
     HeadByHead,
-    /// Head by head the tokens of one block, this many, then the next block.
-    BlockByBlock(usize),
+    /// Head by head the tokens of one block, then the next block.
+    BlockByBlock,
     /// All heads of a token, then the next token.
     TokenByToken,
 }
@@ -104,7 +101,7 @@ impl Order {
         if head < layout.stride_token.unsigned_abs() {
             Self::TokenByToken
         } else if layout.block_size > 0 && head < layout.stride_block.unsigned_abs() {
-            Self::BlockByBlock(layout.block_size)
+            Self::BlockByBlock
         } else {
             Self::HeadByHead
         }
@@ -115,7 +112,8 @@ impl Order {
 /// are skipped are read, too, into the cache: a stream without gaps is what the processor's prefetch is good at.
 ///
 /// # Safety
-/// The rows must be inside both views, and the heads among the mover's. The lists must ascend.
+/// The rows must be inside both views, and the heads among the mover's. The lists must ascend. A window must not reach over
+/// the end of a block.
 unsafe fn sweep(
     mover: Mover,
     lists: &[&[u32]],
@@ -157,19 +155,24 @@ unsafe fn sweep_head(
     gap: usize,
     destination_start: usize,
 ) {
-    let mut token = tokens.start;
-    // SAFETY: the caller's promise; a token below one of the list is inside the source, too.
+    if *place == list.len() {
+        return;
+    }
+    // SAFETY: the caller's promise. The window begins at or before the next token of each list, so inside the source, and
+    // ends with its block at the latest, so its rows are at one distance.
     unsafe {
+        let window = mover.window(tokens.start, head);
+        let mut token = tokens.start;
         while let Some(&kept) = list.get(*place) {
             let kept = kept as usize;
-            let between = token..kept.min(tokens.end);
-            if between.len() <= gap {
-                mover.fetch_between(between, head);
+            let end = kept.min(tokens.end);
+            if end - token <= gap {
+                (token..end).for_each(|token| mover.fetch_between(window.row(token)));
             }
             if kept >= tokens.end {
                 break;
             }
-            mover.move_one(kept, destination_start + *place, head);
+            mover.move_from(window.row(kept), destination_start + *place, head);
             token = kept + 1;
             *place += 1;
         }

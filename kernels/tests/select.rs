@@ -150,19 +150,21 @@ fn shape(token_major: bool, block_size: usize, capacity: usize) -> Shape {
     }
 }
 
-/// Moves of more than a mebibyte: stores around the caches (an even seed aligns the cache to them), long runs.
+/// Moves of more than a mebibyte: stores around the caches (an even seed aligns the cache to them), long runs, rows that lie
+/// close together and far apart.
 #[test]
 fn large_moves() {
     for (token_major, block_size) in [(false, 0), (true, 0), (false, 16), (true, 16), (false, 128), (true, 24)] {
-        for shared in [true, false] {
-            let shape = Shape { seed: 2, dtype: Dtype::F32, ..shape(token_major, block_size, 2750) };
+        for (shared, spread) in [(true, 1), (false, 1), (false, 4)] {
+            let (scattered, capacity) = (1500 * spread, 1500 * spread + 1250);
+            let shape = Shape { seed: 2, dtype: Dtype::F32, ..shape(token_major, block_size, capacity) };
             let mut random = Random(11);
             let mut cache = Cache::new(shape.clone());
             let before = cache.bytes.clone();
-            let mut data = random.subset(1500, 1100);
-            data.extend(1750..2750);
+            let mut data = random.subset(scattered, 1100);
+            data.extend(capacity as u32 - 1000..capacity as u32);
             if !shared {
-                data.extend(random.subset(2750, 2100));
+                data.extend(random.subset(capacity, 2100));
             }
             let indices = indices(&data, 2100, shared);
             let mut expected = copy(&cache);

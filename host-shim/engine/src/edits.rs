@@ -157,7 +157,7 @@ impl Runner {
         let size = pool.block_size();
         for (index, LayerCache { len, blocks }) in sequence.layers.iter().enumerate() {
             let left = len - rows;
-            let Some(&block) = blocks.get(left / size).filter(|_| left % size != 0) else { continue };
+            let Some(&block) = blocks.get(left / size).filter(|_| !left.is_multiple_of(size)) else { continue };
             if copies(pool.is_private(index, block)) {
                 match pool.allocate(index, 1) {
                     Ok(taken) => tails.copies.extend(taken.into_iter().map(|to| (index, left / size, block, to))),

@@ -144,10 +144,10 @@ impl Engine {
         if let Some(&token) = request.tokens.iter().find(|token| **token as usize >= config.vocab) {
             return Err(Error::UnknownToken { token, vocab: config.vocab });
         }
-        if let (Some(plugins), Some(arm)) = (self.runner.plugins(), request.arm.as_deref()) {
-            if arm != "none" {
-                plugins.figures(arm)?;
-            }
+        if let (Some(plugins), Some(arm)) = (self.runner.plugins(), request.arm.as_deref().filter(|arm| *arm != "none"))
+        {
+            // Only an arm that there is has figures.
+            plugins.figures(arm)?;
         }
         self.last_id += 1;
         let id = RequestId(self.last_id);

@@ -12,6 +12,9 @@
 //! Each prints a table and exits with an error when a gate fails. Candidates take turns within one run, so that what slows
 //! down the machine for a while slows down all of them; figures are medians.
 
+pub mod error;
 pub mod measure;
 pub mod model;
 pub mod rig;
+
+pub use error::{Error, Result};

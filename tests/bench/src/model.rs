@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvhook_engine::model::fetch;
-use kvhook_engine::{ArmConfig, CacheConfig, Model, PluginConfig, Result, Runner};
+use kvhook_engine::{ArmConfig, CacheConfig, Model, PluginConfig, Runner};
+
+use crate::error::Result;
 
 /// The folder in which cargo put the plugins: that of the running program.
 pub fn plugin_folder() -> PathBuf {
@@ -39,5 +41,5 @@ pub fn novel(model: &Model, count: usize) -> Result<Vec<u32>> {
 pub fn runner(model: &Arc<Model>, cache: CacheConfig, arms: &[(&str, &str, &str)]) -> Result<Runner> {
     let arms = arms.iter().map(|(name, plugin, config)| ArmConfig::new(*name, *plugin, *config)).collect();
     let plugins = PluginConfig { arms, folders: vec![plugin_folder()], ..PluginConfig::default() };
-    Runner::with_plugins(Arc::clone(model), cache, &plugins)
+    Ok(Runner::with_plugins(Arc::clone(model), cache, &plugins)?)
 }

@@ -43,7 +43,7 @@ fn arms() -> Vec<Arm> {
     let arm = |name, keep: f64, rest: &str, gate| Arm { name, config: format!("keep={keep},{rest}"), keep, gate };
     vec![
         arm("identity", 1.0, "history=none", None),
-        arm("streaming-50", 0.5, "history=none", Some(0.10)),
+        arm("streaming-50", 0.5, "history=none", Some(0.05)),
         arm("streaming-25", 0.25, "history=none", Some(0.12)),
         arm("key_diff-50", 0.5, KEY_DIFF, Some(0.08)),
         arm("key_diff-25", 0.25, KEY_DIFF, Some(0.15)),

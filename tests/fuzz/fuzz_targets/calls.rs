@@ -34,7 +34,7 @@ struct Input {
 impl<'a> Arbitrary<'a> for Input {
     fn arbitrary(bytes: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
         let mut input = Self { ranks: bytes.arbitrary()?, paged: bytes.arbitrary()?, calls: Vec::new() };
-        while !bytes.is_empty() && input.calls.len() < 100 {
+        while !bytes.is_empty() && input.calls.len() < 50 {
             input.calls.push(bytes.arbitrary()?);
         }
         Ok(input)

@@ -47,14 +47,15 @@ struct Round {
     fresh: bool,
     shared: u8,
     late: u8,
-    edits: Vec<Edit>,
+    header: Option<HeaderEdit>,
+    edits: Vec<(u8, Edit)>,
     /// 0: both ranks' plans are edited.
     edited_rank: u8,
 }
 
-/// A change of a plan that was good. Small changes are relative: most of what they make is nearly good.
+/// A change of a plan that was good, outside its layers.
 #[derive(Arbitrary, Clone, Debug)]
-enum Edit {
+enum HeaderEdit {
     Kind(u8),
     Reason(i32),
     Flags(u8),
@@ -62,11 +63,11 @@ enum Edit {
     HugeNext(u64),
     /// The host's own fields are overwritten.
     Clobber,
-    Layer(u8, LayerEdit),
 }
 
+/// A change of one layer. Small changes are relative: most of what they make is nearly good.
 #[derive(Arbitrary, Clone, Debug)]
-enum LayerEdit {
+enum Edit {
     Count(i8),
     HugeCount(u32),
     RangeCount(i8),
@@ -115,7 +116,8 @@ struct Sent {
 #[derive(Default)]
 struct Scene {
     keep: [u8; LAYERS],
-    edits: Vec<Edit>,
+    header: Option<HeaderEdit>,
+    edits: Vec<(u8, Edit)>,
     edited_rank: u8,
     sent: Option<Sent>,
 }
@@ -176,16 +178,22 @@ fn tamper(rank: u32, plan: &mut KvhPlan, layers: &mut [KvhLayerPlan]) {
         });
     }
     let edited = scene.edited_rank == 0 || u32::from(scene.edited_rank) == rank + 1;
-    for edit in scene.edits.iter().filter(|_| edited) {
-        if let Edit::Reason(reason) = edit {
-            plan.reason = *reason;
+    if let Some(header) = scene.header.as_ref().filter(|_| edited) {
+        match header {
+            HeaderEdit::Kind(kind) => sent.kind = i32::from(kind % 5) - 1,
+            HeaderEdit::Reason(reason) => plan.reason = *reason,
+            HeaderEdit::Flags(flags) => sent.flags = u32::from(flags % 4),
+            HeaderEdit::Next(by) => sent.next_position = sent.next_position.wrapping_add_signed(small(*by)),
+            HeaderEdit::HugeNext(next) => sent.next_position = *next,
+            HeaderEdit::Clobber => {
+                plan.struct_size = 0;
+                plan.message = core::ptr::null_mut();
+                plan.layers = KvhArrayMut { data: core::ptr::null_mut(), count: u64::MAX, stride: 1 };
+            }
         }
-        if let Edit::Clobber = edit {
-            plan.struct_size = 0;
-            plan.message = core::ptr::null_mut();
-            plan.layers = KvhArrayMut { data: core::ptr::null_mut(), count: u64::MAX, stride: 1 };
-        }
-        sent.edit(edit);
+    }
+    for (layer, edit) in scene.edits.iter().filter(|_| edited) {
+        sent.layers[usize::from(*layer) % LAYERS].edit(edit);
     }
     (plan.kind, plan.flags, plan.next_position) = (sent.kind, sent.flags, sent.next_position);
     for (raw, layer) in layers.iter_mut().zip(&sent.layers) {
@@ -199,22 +207,9 @@ fn tamper(rank: u32, plan: &mut KvhPlan, layers: &mut [KvhLayerPlan]) {
     scene.sent = Some(sent);
 }
 
-impl Sent {
-    fn edit(&mut self, edit: &Edit) {
-        match edit {
-            Edit::Kind(kind) => self.kind = i32::from(kind % 5) - 1,
-            Edit::Reason(_) | Edit::Clobber => {}
-            Edit::Flags(flags) => self.flags = u32::from(flags % 4),
-            Edit::Next(by) => self.next_position = self.next_position.wrapping_add_signed(small(*by)),
-            Edit::HugeNext(next) => self.next_position = *next,
-            Edit::Layer(layer, edit) => self.layers[usize::from(*layer) % LAYERS].edit(edit),
-        }
-    }
-}
-
-/// From -3 to 3.
+/// From -7 to 7.
 fn small(by: i8) -> i64 {
-    (by % 4).into()
+    (by % 8).into()
 }
 
 fn shift(value: &mut u32, by: i8) {
@@ -227,53 +222,49 @@ fn at<T>(array: &mut Option<Vec<T>>, place: u8, count: u32) -> Option<&mut T> {
 }
 
 impl Layer {
-    fn edit(&mut self, edit: &LayerEdit) {
+    fn edit(&mut self, edit: &Edit) {
         let array = |values: &[u8]| Some(own(&values.iter().map(|&value| value.into()).collect::<Vec<u32>>(), 0));
         let extreme = |low: bool| if low { i64::MIN } else { i64::MAX };
         let (count, range_count) = (self.count, self.range_count);
         match *edit {
-            LayerEdit::Count(by) => shift(&mut self.count, by),
-            LayerEdit::HugeCount(count) => self.count = count,
-            LayerEdit::RangeCount(by) => shift(&mut self.range_count, by),
-            LayerEdit::HugeRangeCount(count) => self.range_count = count,
-            LayerEdit::MoveRange(place, by) => {
+            Edit::Count(by) => shift(&mut self.count, by),
+            Edit::HugeCount(count) => self.count = count,
+            Edit::RangeCount(by) => shift(&mut self.range_count, by),
+            Edit::HugeRangeCount(count) => self.range_count = count,
+            Edit::MoveRange(place, by) => {
                 let range = at(&mut self.ranges, place, range_count);
                 range.into_iter().for_each(|range| range.start = range.start.wrapping_add_signed(small(by)));
             }
-            LayerEdit::GrowRange(place, by) => {
+            Edit::GrowRange(place, by) => {
                 let range = at(&mut self.ranges, place, range_count);
                 range.into_iter().for_each(|range| range.length = range.length.wrapping_add_signed(small(by)));
             }
-            LayerEdit::HugeRange(place, start, length) => {
+            Edit::HugeRange(place, start, length) => {
                 let range = at(&mut self.ranges, place, range_count);
                 range.into_iter().for_each(|range| *range = KvhRange { start, length });
             }
-            LayerEdit::Ranges(ref ranges) => {
+            Edit::Ranges(ref ranges) => {
                 let range = |&(start, length): &(u8, u8)| KvhRange { start: start.into(), length: length.into() };
                 self.ranges = Some(own(&ranges.iter().map(range).collect::<Vec<_>>(), EMPTY));
                 self.range_count = ranges.len() as u32;
             }
-            LayerEdit::NoRanges => self.ranges = None,
-            LayerEdit::Index(place, by) => {
-                at(&mut self.indices, place, count).into_iter().for_each(|row| shift(row, by))
-            }
-            LayerEdit::HugeIndex(place, row) => {
-                at(&mut self.indices, place, count).into_iter().for_each(|to| *to = row)
-            }
-            LayerEdit::Indices(ref rows) => self.indices = array(rows),
-            LayerEdit::NoIndices => self.indices = None,
-            LayerEdit::IndexStride(stride) => self.index_stride = stride.into(),
-            LayerEdit::ExtremeIndexStride(low) => self.index_stride = extreme(low),
-            LayerEdit::Position(place, by) => {
+            Edit::NoRanges => self.ranges = None,
+            Edit::Index(place, by) => at(&mut self.indices, place, count).into_iter().for_each(|row| shift(row, by)),
+            Edit::HugeIndex(place, row) => at(&mut self.indices, place, count).into_iter().for_each(|to| *to = row),
+            Edit::Indices(ref rows) => self.indices = array(rows),
+            Edit::NoIndices => self.indices = None,
+            Edit::IndexStride(stride) => self.index_stride = stride.into(),
+            Edit::ExtremeIndexStride(low) => self.index_stride = extreme(low),
+            Edit::Position(place, by) => {
                 at(&mut self.positions, place, count).into_iter().for_each(|position| shift(position, by));
             }
-            LayerEdit::HugePosition(place, position) => {
+            Edit::HugePosition(place, position) => {
                 at(&mut self.positions, place, count).into_iter().for_each(|to| *to = position);
             }
-            LayerEdit::Positions(ref positions) => self.positions = array(positions),
-            LayerEdit::NoPositions => self.positions = None,
-            LayerEdit::PositionStride(stride) => self.position_stride = stride.into(),
-            LayerEdit::ExtremePositionStride(low) => self.position_stride = extreme(low),
+            Edit::Positions(ref positions) => self.positions = array(positions),
+            Edit::NoPositions => self.positions = None,
+            Edit::PositionStride(stride) => self.position_stride = stride.into(),
+            Edit::ExtremePositionStride(low) => self.position_stride = extreme(low),
         }
     }
 
@@ -400,6 +391,7 @@ impl Stage {
         *script.style.lock().expect("no panic is survived") = style;
         {
             let mut scene = scene();
+            scene.header = round.header.clone();
             scene.edits = round.edits.iter().take(12).cloned().collect();
             scene.edited_rank = round.edited_rank % 3;
         }

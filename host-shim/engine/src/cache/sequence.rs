@@ -14,7 +14,7 @@ impl SequenceId {
         Self(LAST.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// The number, for the host's `uid`.
+    /// The number, for messages.
     pub fn number(self) -> u64 {
         self.0
     }
