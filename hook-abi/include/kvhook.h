@@ -471,8 +471,9 @@ typedef struct KvhNeeds {
 } KvhNeeds;
 
 // One layer of a plan. The host fills `struct_size`, zeroes the rest; the plugin fills one of `ranges`
-// and `indices` for a select, `positions` for a rewrite. Pointers must stay valid until the ticket is
-// committed or dropped: use ticket memory. Arrays are device memory except `ranges`.
+// and `indices` for a select, `positions` for a rewrite. A layer whose bound is its length may be left zeroed in
+// a select: it is kept whole. Pointers must stay valid until the ticket is committed or dropped: use ticket memory.
+// Arrays are device memory, except `ranges`: host memory, read before the hook's caller goes on.
 typedef struct KvhLayerPlan {
     // `sizeof(KvhLayerPlan)` as the host knows it.
     size_t struct_size;

@@ -16,12 +16,15 @@ const TILE: usize = 128;
 /// ascending indices from `destination_start` on always fulfil. Otherwise the two views must not overlap, and any order is
 /// allowed. Runs of adjacent indices are moved at once where the layout makes their rows adjacent.
 ///
-/// Floor: reads and writes each kept row once, `2 * heads * count * head_dim * dtype` bytes. For scattered rows the floor
-/// cannot be reached: the processor's prefetch loads the rows between the kept ones too, so that reading a random half of
-/// a cache takes about as long as reading all of it, while the stores, around the caches from a mebibyte on, take little
-/// (benchmark `select`). Tried on a Zen 4: a call of memmove for each row (slowest for rows of some hundred bytes), plain
-/// stores (each loads its line first), prefetch into other levels, 4 to 64 rows ahead (the same from 8 on), in shuffled
-/// order to keep the prefetch out (slower), several heads in turn (no gain seen), huge pages (no change).
+/// Floor: reads and writes each kept row once, `2 * heads * count * head_dim * dtype` bytes. For scattered rows the reading
+/// decides: the processor's prefetch follows a stream without gaps, and lines that are left out stop it, so that reading
+/// a random half of a cache took longer than reading all of it. So from a mebibyte on, rows are taken in the order in
+/// which they lie in memory, rows between kept ones are fetched into the cache with them unless they are more than one and
+/// a half times as many or lie in a gap of more than 4 KiB, and stores go around the caches (they then read no line that
+/// they overwrite). Rows further apart are fetched 8 KiB ahead into the second-level cache. Benchmark `select` says what
+/// this reaches. Tried on a Zen 4, and slower: prefetch of kept rows alone, into the first level and at any distance;
+/// reading some lines only of a row between; copying by way of a buffer; several heads in turn; a memmove or `rep movsb` for
+/// each row or run; plain stores.
 ///
 /// # Errors
 /// Everything is checked before the first row moves: dtypes, head dimensions, heads, each index against the source,
@@ -253,9 +256,21 @@ pub fn move_rows(
     let mover = Mover::new(source, destination, heads, count, true)?;
     source.check(0..0, from..from.saturating_add(count))?;
     destination.check(0..0, to..to.saturating_add(count))?;
-    for head in mover.heads() {
-        // SAFETY: both ranges were checked.
-        unsafe { mover.move_run(from, to, count, head) };
+    let window = match Order::of(source) {
+        Order::BlockByBlock => source.layout().block_or_all(),
+        _ => usize::MAX,
+    };
+    let windows = from / window..(from + count).div_ceil(window);
+    // Upwards the last rows move first, so that none is overwritten before it was read.
+    let upwards = to > from && mover.in_place();
+    for number in 0..windows.len() {
+        let number = if upwards { windows.end - 1 - number } else { windows.start + number };
+        let start = from.max(number * window);
+        let end = (from + count).min((number + 1).saturating_mul(window));
+        for head in mover.heads() {
+            // SAFETY: both ranges were checked.
+            unsafe { mover.move_run(start, start - from + to, end - start, head) };
+        }
     }
     mover.finish();
     Ok(())

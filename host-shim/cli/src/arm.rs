@@ -38,7 +38,9 @@ pub enum ArmError {
     )]
     NameLength(String),
     /// The name holds a character that is not allowed.
-    #[error("the name `{name}` holds {found:?}, allowed are the letters a-z and A-Z, digits and - _ . : choose another name")]
+    #[error(
+        "the name `{name}` holds {found:?}, allowed are the letters a-z and A-Z, digits and - _ . : choose another name"
+    )]
     NameCharacter {
         /// The name as given.
         name: String,

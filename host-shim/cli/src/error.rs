@@ -102,7 +102,9 @@ impl CliError {
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }
             | Self::ResultsFormat { .. }
-            | Self::Engine(Error::Io { .. } | Error::Config { .. } | Error::Empty { .. } | Error::ContextFull { .. }) => EXIT_USAGE,
+            | Self::Engine(Error::Io { .. } | Error::Config { .. } | Error::Empty { .. } | Error::ContextFull { .. }) => {
+                EXIT_USAGE
+            }
             Self::Plugin(error) if [KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE].contains(&error.status()) => {
                 EXIT_USAGE
             }

@@ -6,90 +6,18 @@
 mod common;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{CONTIGUOUS, bits, model, novel, paged, runner};
-use kvhook_engine::cache::{KvBuffer, read_rows};
+use common::{
+    CONTIGUOUS, assert_rows_are_survivors, bits, figures, model, novel, paged, plugins, prefill_on, rows_of, runner,
+    truncate, unshared, with,
+};
 use kvhook_engine::hooks::{Allocations, FreeReason, Movement};
 use kvhook_engine::rank::Phase;
 use kvhook_engine::runner::{Logits, Work};
 use kvhook_engine::{
-    ArmConfig, Begin, CacheConfig, Engine, EngineConfig, Error, Event, KvDtype, PluginConfig, Request, Runner, Scoring,
-    SequenceId,
+    Begin, CacheConfig, Engine, EngineConfig, Error, Event, KvDtype, PluginConfig, Request, Runner, Scoring, SequenceId,
 };
-
-/// Arms by name, plugin and config; copies go to cargo's folder for tests.
-fn plugins(arms: &[(&str, &str, &str)]) -> PluginConfig {
-    PluginConfig {
-        arms: arms.iter().map(|(name, plugin, config)| ArmConfig::new(*name, *plugin, *config)).collect(),
-        copy_folder: Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("copies")),
-        ..PluginConfig::default()
-    }
-}
-
-fn truncate(config: &str) -> PluginConfig {
-    plugins(&[("a", "truncate", config)])
-}
-
-fn with(cache: CacheConfig, plugins: &PluginConfig) -> Runner {
-    Runner::with_plugins(model(), cache, plugins).unwrap()
-}
-
-fn unshared(cache: CacheConfig) -> CacheConfig {
-    CacheConfig { prefix_sharing: false, ..cache }
-}
-
-fn prefill_on(runner: &mut Runner, tokens: &[u32], arm: &str, chunk: usize) -> SequenceId {
-    runner.prefill_on(&Begin { arm: Some(arm), ..Begin::new(tokens) }, chunk).unwrap().0
-}
-
-/// Bits of every K and V row that a sequence holds: by rank, layer, KV head, then K rows and V rows.
-type Rows = Vec<Vec<Vec<[Vec<Vec<u32>>; 2]>>>;
-
-fn rows_of(runner: &Runner, id: SequenceId) -> Rows {
-    let layers = runner.sequence(id).unwrap().layers.clone();
-    let of_rank = move |rank: &mut kvhook_engine::rank::RankState| {
-        let heads = rank.shard.kv_heads.len();
-        let of_layer = |(index, layer): (usize, &kvhook_engine::cache::LayerCache)| {
-            let view = rank.cache.peek(id, index);
-            let width = view.layout.head_dim;
-            let read = |buffer: &KvBuffer, head: usize| {
-                let mut out = vec![0.0; layer.len * width];
-                read_rows(buffer, &view.layout, &layer.blocks, head, 0, &mut out);
-                out.chunks(width).map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
-            };
-            (0..heads).map(|head| [read(view.k, head), read(view.v, head)]).collect()
-        };
-        layers.iter().enumerate().map(of_layer).collect()
-    };
-    runner.ranks().run(of_rank).unwrap()
-}
-
-/// Every row of `compressed` for a position below `end` is, bit for bit, the row that `full` holds at that position.
-/// Tokens from `end` on were run over compressed rows, and have others.
-fn assert_rows_are_survivors(compressed: &Runner, id: SequenceId, full: &Runner, full_id: SequenceId, end: u32) {
-    let survivors = compressed.survivors(id).unwrap();
-    let (rows, all) = (rows_of(compressed, id), rows_of(full, full_id));
-    for (rank, layers) in survivors.iter().enumerate() {
-        for (layer, heads) in layers.iter().enumerate() {
-            assert_eq!(heads.len(), rows[rank][layer].len());
-            for (head, positions) in heads.iter().enumerate() {
-                assert!(positions.is_sorted_by(|a, b| a < b));
-                for part in 0..2 {
-                    let (kept, all) = (&rows[rank][layer][head][part], &all[rank][layer][head][part]);
-                    assert_eq!(kept.len(), positions.len());
-                    let same = |(row, &position): (&Vec<u32>, &u32)| position >= end || *row == all[position as usize];
-                    assert!(kept.iter().zip(positions).all(same), "rank {rank}, layer {layer}, head {head}");
-                }
-            }
-        }
-    }
-}
-
-fn figures(runner: &Runner, arm: &str) -> kvhook_engine::hooks::Figures {
-    runner.plugins().unwrap().figures(arm).unwrap()
-}
 
 #[test]
 fn noop_changes_no_bit() {

@@ -8,17 +8,17 @@ use crate::error::CliError;
 use crate::measure::{self, Plan, Text};
 use crate::{model, report};
 
-/// Chapters 1 to 12 of Moby Dick, in the public domain.
-const TEXT: &str = include_str!("../../../../tests/text/moby-dick.txt");
+/// Speeches in the public domain; the passage is in the middle of them.
+const TEXT: &str = include_str!("../../../../tests/text/state-of-the-union.txt");
 
 /// Name, plugin and config of each arm.
 const ARMS: [(&str, &str, &str); 8] = [
     ("noop", "noop", ""),
     ("recent-50", "truncate", "keep=0.5"),
     ("recent-25", "truncate", "keep=0.25"),
-    ("stride-25", "truncate", "keep=0.25,history=stride"),
+    ("sample-50", "truncate", "keep=0.5,history=sample,importance=uniform"),
+    ("keydiff-50", "truncate", "keep=0.5,history=top,importance=key_diff"),
     ("keydiff-25", "truncate", "keep=0.25,history=top,importance=key_diff"),
-    ("attention-50", "truncate", "keep=0.5,history=top,importance=attention"),
     ("attention-25", "truncate", "keep=0.25,history=top,importance=attention"),
     (
         "layers-100-25",
@@ -39,20 +39,13 @@ pub fn execute(options: &Demo) -> Result<(), CliError> {
         Some(path) => model::load(path)?,
         None => model::load_default()?,
     };
-    let texts = [Text { name: "moby-dick.txt".into(), content: TEXT.into() }];
+    let texts = [Text { name: "state-of-the-union.txt".into(), content: TEXT.into() }];
     let arm = |(name, plugin, config): (&str, &str, &str)| ArmSpec {
         name: name.into(),
         plugin: plugin.into(),
         config: config.into(),
     };
-    let plan = Plan {
-        texts: &texts,
-        arms: &ARMS.map(arm),
-        prefix: 1024,
-        continuation: 256,
-        passages: 1,
-        cache: CACHE,
-    };
+    let plan = Plan { texts: &texts, arms: &ARMS.map(arm), prefix: 1024, continuation: 256, passages: 1, cache: CACHE };
     let comparison = measure::compare(&loaded, &plan)?;
     report::deliver(&comparison, &options.output, &mut io::stdout().lock())
 }

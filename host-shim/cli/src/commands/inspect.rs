@@ -27,10 +27,8 @@ pub fn execute(options: &Inspect) -> Result<ExitCode, CliError> {
     if options.load {
         let path = path.to_string_lossy();
         let policy = Policy::new(plugins::folders([&*path]), None);
-        inspection.checks = kvhook_host::load::checks(&policy, &path, Source::Operator, None)
-            .into_iter()
-            .map(Into::into)
-            .collect();
+        inspection.checks =
+            kvhook_host::load::checks(&policy, &path, Source::Operator, None).into_iter().map(Into::into).collect();
     }
     let text = if options.json { inspection.to_json() } else { inspection.to_text() };
     io::stdout()

@@ -42,6 +42,7 @@ pub(super) struct Observed {
 }
 
 impl Bench {
+    /// Loads the plugins of all arms.
     pub(super) fn new(loaded: &Loaded, plan: &Plan<'_>) -> Result<Self, CliError> {
         let rows = PASSAGES_HELD * (plan.prefix + plan.continuation + DECODED);
         let folders = plugins::folders(plan.arms.iter().map(|arm| arm.plugin.as_str()));
@@ -78,7 +79,8 @@ impl Bench {
         let start = Instant::now();
         let (id, _) = self.runner.prefill_on(&begin(arm, prompt), CHUNK)?;
         let prefill = start.elapsed();
-        let taken_over = self.runner.sequence(id)?.shared > 0;
+        // Where prefixes are shared, the uncompressed run has computed this one before.
+        let taken_over = arm.is_some() && self.runner.shared_block_size().is_some();
         let in_prefill = spent(&self.figures(arm)?, &before);
         let report = self.runner.report(id)?;
         let survivors = arm.map(|_| self.survivors(id)).transpose()?;
@@ -139,8 +141,7 @@ impl Bench {
 
     /// One by one where the plugin wants to compress again meanwhile; else together, which gives the same logits.
     fn scoring(&self, id: SequenceId, fed: &[u32]) -> Scoring {
-        let work =
-            Work { sequence: id, tokens: fed, phase: Phase::Decode, prompt_ends: false, logits: Logits::All };
+        let work = Work { sequence: id, tokens: fed, phase: Phase::Decode, prompt_ends: false, logits: Logits::All };
         if self.runner.will_ask(&work) { Scoring::OneByOne } else { Scoring::Together }
     }
 

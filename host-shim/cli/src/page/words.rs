@@ -22,7 +22,7 @@ pub fn section(comparison: &Comparison) -> Markup {
                             @if let Some(measures) = arm.measures.get(index) {
                                 article {
                                     h3 { (swatch(series)) (arm.name) }
-                                    p { (measures.first_words) }
+                                    p { (measures.first_words.trim()) }
                                 }
                             }
                         }

@@ -1,13 +1,14 @@
-//! What the tests share: the model, loaded once in each test binary, and text.
+//! What the tests share: the model, loaded once in each test binary, text, and runners with plugins.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use kvhook_engine::cache::CacheKind;
+use kvhook_engine::cache::{CacheKind, KvBuffer, read_rows};
+use kvhook_engine::hooks::Figures;
 use kvhook_engine::model::fetch;
-use kvhook_engine::{CacheConfig, KvDtype, Model, Runner};
+use kvhook_engine::{ArmConfig, Begin, CacheConfig, KvDtype, Model, PluginConfig, Runner, SequenceId};
 
 /// The default model, fetched on first use.
 pub fn model() -> Arc<Model> {
@@ -43,4 +44,81 @@ pub fn runner(config: CacheConfig) -> Runner {
 /// Bit patterns, so that a comparison is of bits and not of values.
 pub fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
     rows.iter().map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
+}
+
+/// Arms by name, plugin and config; copies go to cargo's folder for tests.
+pub fn plugins(arms: &[(&str, &str, &str)]) -> PluginConfig {
+    PluginConfig {
+        arms: arms.iter().map(|(name, plugin, config)| ArmConfig::new(*name, *plugin, *config)).collect(),
+        copy_folder: Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("copies")),
+        ..PluginConfig::default()
+    }
+}
+
+/// One arm, `a`, of `truncate`.
+pub fn truncate(config: &str) -> PluginConfig {
+    plugins(&[("a", "truncate", config)])
+}
+
+/// A runner with plugins.
+pub fn with(cache: CacheConfig, plugins: &PluginConfig) -> Runner {
+    Runner::with_plugins(model(), cache, plugins).unwrap()
+}
+
+/// The same cache without prefix sharing.
+pub fn unshared(cache: CacheConfig) -> CacheConfig {
+    CacheConfig { prefix_sharing: false, ..cache }
+}
+
+/// A sequence on an arm whose prompt has run, `chunk` tokens a step.
+pub fn prefill_on(runner: &mut Runner, tokens: &[u32], arm: &str, chunk: usize) -> SequenceId {
+    runner.prefill_on(&Begin { arm: Some(arm), ..Begin::new(tokens) }, chunk).unwrap().0
+}
+
+/// Bits of every K and V row that a sequence holds: by rank, layer, KV head, then K rows and V rows.
+pub type Rows = Vec<Vec<Vec<[Vec<Vec<u32>>; 2]>>>;
+
+pub fn rows_of(runner: &Runner, id: SequenceId) -> Rows {
+    let layers = runner.sequence(id).unwrap().layers.clone();
+    let of_rank = move |rank: &mut kvhook_engine::rank::RankState| {
+        let heads = rank.shard.kv_heads.len();
+        let of_layer = |(index, layer): (usize, &kvhook_engine::cache::LayerCache)| {
+            let view = rank.cache.peek(id, index);
+            let width = view.layout.head_dim;
+            let read = |buffer: &KvBuffer, head: usize| {
+                let mut out = vec![0.0; layer.len * width];
+                read_rows(buffer, &view.layout, &layer.blocks, head, 0, &mut out);
+                out.chunks(width).map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
+            };
+            (0..heads).map(|head| [read(view.k, head), read(view.v, head)]).collect()
+        };
+        layers.iter().enumerate().map(of_layer).collect()
+    };
+    runner.ranks().run(of_rank).unwrap()
+}
+
+/// Every row of `compressed` for a position below `end` is, bit for bit, the row that `full` holds at that position.
+/// Tokens from `end` on were run over compressed rows, and have others.
+pub fn assert_rows_are_survivors(compressed: &Runner, id: SequenceId, full: &Runner, full_id: SequenceId, end: u32) {
+    let survivors = compressed.survivors(id).unwrap();
+    let (rows, all) = (rows_of(compressed, id), rows_of(full, full_id));
+    for (rank, layers) in survivors.iter().enumerate() {
+        for (layer, heads) in layers.iter().enumerate() {
+            assert_eq!(heads.len(), rows[rank][layer].len());
+            for (head, positions) in heads.iter().enumerate() {
+                assert!(positions.is_sorted_by(|a, b| a < b));
+                for part in 0..2 {
+                    let (kept, all) = (&rows[rank][layer][head][part], &all[rank][layer][head][part]);
+                    assert_eq!(kept.len(), positions.len());
+                    let same = |(row, &position): (&Vec<u32>, &u32)| position >= end || *row == all[position as usize];
+                    assert!(kept.iter().zip(positions).all(same), "rank {rank}, layer {layer}, head {head}");
+                }
+            }
+        }
+    }
+}
+
+/// What an arm did.
+pub fn figures(runner: &Runner, arm: &str) -> Figures {
+    runner.plugins().unwrap().figures(arm).unwrap()
 }
