@@ -32,7 +32,7 @@ struct Shape {
     kv_heads: usize,
     head_dim: usize,
     /// Whether the gates hold where each head keeps rows of its own, and where all keep the same.
-    adjacent: X,
+    adjacent: bool,
     layout: fn(Dtype, usize, usize, usize) -> Layout,
 }
 

@@ -164,6 +164,7 @@ unsafe fn sweep_head(
     // SAFETY: the caller's promise. The window begins at or before the next token of each list, so inside the source, and
     // ends with its block at the latest, so its rows are at one distance.
     unsafe {
+        let ahead = mover.ahead();
         let window = mover.window(tokens.start, head);
         let mut token = tokens.start;
         while let Some(&kept) = list.get(*place) {
@@ -174,6 +175,9 @@ unsafe fn sweep_head(
             }
             if kept >= tokens.end {
                 break;
+            }
+            if let Some(&next) = list.get(*place + ahead).filter(|&&next| next as usize > kept + ahead + gap) {
+                mover.fetch_ahead(next as usize, head);
             }
             mover.move_from(window.row(kept), destination_start + *place, head);
             token = kept + 1;

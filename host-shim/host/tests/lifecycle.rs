@@ -185,6 +185,24 @@ fn a_rank_that_keeps_keeps_all() {
 }
 
 #[test]
+fn ranks_that_set_different_next_positions_keep_all() {
+    let script = Arc::new(Script { style: Style::Rerotate.into(), ..Script::default() });
+    *script.tamper.lock().unwrap() = Some(Box::new(|rank, plan, _| {
+        if rank == 1 {
+            plan.next_position += 1;
+        }
+    }));
+    let engine = Engine::with(TWO, &script);
+    let cache = engine.begin(20);
+    engine.ask(&cache, DONE);
+    let (ticket, _) = engine.prepare(0, &cache, DONE, false);
+    assert_ne!(ticket, 0);
+    assert_eq!(engine.prepare(1, &cache, DONE, false), (0, KVHOOK_REASON_BAD_POSITION));
+    assert_eq!(verdict(&engine, ticket).0, KVHOOK_VERDICT_DROPPED);
+    engine.verify(&cache);
+}
+
+#[test]
 fn a_ticket_is_pending_until_every_rank_has_prepared() {
     let script = Arc::new(Script::default());
     let engine = Engine::with(TWO, &script);
