@@ -48,11 +48,12 @@ pub fn gather(
     let first_head = mover.heads().start;
     let order = Order::of(source);
     // Where heads lie between each other, a stream goes through the rows of all of them.
-    let left_out = |gap| if order == Order::HeadByHead || lists.len() == 1 { gap } else { usize::MAX };
+    let left_out = |gap| if order != Order::TokenByToken || lists.len() == 1 { gap } else { usize::MAX };
     match mover.widest_gap().filter(|&gap| lists.iter().all(|list| is_dense(list, left_out(gap)))) {
         Some(gap) => {
             let heads = if order == Order::HeadByHead { 1 } else { lists.len().max(1) };
             let window = if order == Order::TokenByToken { 1 } else { source.layout().block_or_all() };
+            let gap = if order == Order::BlockByBlock { gap.min(window - 1) } else { gap };
             for (first_head, lists) in (first_head..).step_by(heads).zip(lists.chunks(heads)) {
                 // SAFETY: every index and the last destination were checked.
                 unsafe { sweep(mover, lists, first_head, window, gap, destination_start) };

@@ -30,6 +30,10 @@ fn compression(commit: &CommitReport) -> String {
 /// Why a sequence stayed as it was, and what the host could not do: one line for each reason.
 pub fn fallbacks(report: &SequenceReport) -> String {
     let mut text = String::new();
+    let nothing = report.commits.is_empty() && report.kept.is_empty() && report.failures.is_empty();
+    if report.uid != 0 && nothing && !report.pending {
+        text += "not compressed: no gain was asked for, or the sequence is shorter than the plugin's min_tokens\n";
+    }
     for (reason, count) in &report.kept {
         text += &format!("not compressed ({count}×): {reason}\n");
     }
@@ -100,6 +104,12 @@ mod tests {
             "compressed at position 100: 100→25..100 rows in each layer, rows moved to the front, 3.0 MiB given back\n"
         );
         assert_eq!(compressions(&report, 1), "");
+    }
+
+    #[test]
+    fn a_sequence_without_a_plugin_needs_no_reason() {
+        assert_eq!(fallbacks(&SequenceReport::default()), "");
+        assert!(fallbacks(&SequenceReport { uid: 7, ..SequenceReport::default() }).starts_with("not compressed"));
     }
 
     #[test]

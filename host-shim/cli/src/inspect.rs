@@ -176,15 +176,14 @@ impl Inspection {
         }
         if !self.layouts.is_empty() {
             writeln!(out, "\nStruct layouts")?;
-            let width = self.layouts.iter().map(|layout| layout.name.chars().count()).max().unwrap_or(0);
-            for layout in &self.layouts {
-                let verdict = match &layout.host {
-                    Some(host) if *host == layout.plugin => "same here".into(),
-                    Some(host) => format!("differs: {host} here"),
-                    None => "unknown here".into(),
-                };
-                writeln!(out, "  {:<width$}  {}  {verdict}", layout.name, layout.plugin)?;
+            let (same, others): (Vec<_>, Vec<_>) =
+                self.layouts.iter().partition(|layout| layout.host.as_ref() == Some(&layout.plugin));
+            let width = others.iter().map(|layout| layout.name.chars().count()).max().unwrap_or(0);
+            for layout in others {
+                let here = layout.host.as_deref().unwrap_or("unknown");
+                writeln!(out, "  {:<width$}  {}, {here} here", layout.name, layout.plugin)?;
             }
+            writeln!(out, "  same here: {} of {}", same.len(), self.layouts.len())?;
         }
         if !self.checks.is_empty() {
             writeln!(out, "\nChecks")?;
@@ -285,7 +284,13 @@ mod tests {
             required_abi: "1.0".into(),
             host_abi: "1.0".into(),
             hooks: vec!["kvh.on_prefill_done/1".into()],
-            layouts: vec![Layout { name: "kvh_layer/1".into(), plugin: "1f".into(), host: Some("2f".into()) }],
+            layouts: [("kvh_layer/1", "1f", "2f"), ("kvh_text/1", "3f", "3f")]
+                .map(|(name, plugin, host)| Layout {
+                    name: name.into(),
+                    plugin: plugin.into(),
+                    host: Some(host.into()),
+                })
+                .into(),
             checks: vec![
                 Check { name: "ELF for this machine".into(), outcome: Outcome::Pass },
                 Check { name: "layouts".into(), outcome: Outcome::Fail("kvh_layer/1 differs\nrebuild".into()) },
@@ -306,7 +311,8 @@ mod tests {
   may need   nothing
 
 Struct layouts
-  kvh_layer/1  1f  differs: 2f here
+  kvh_layer/1  1f, 2f here
+  same here: 1 of 2
 
 Checks
   pass         ELF for this machine

@@ -333,6 +333,8 @@ struct Verdict {
     KvhookReason reason = KVH_REASON_NONE;
     /// KVHOOK_MOVE_*, when ready.
     std::int32_t movement = 0;
+    /// Whether a commit to fresh rows needs them for every layer; else a layer that keeps all its rows may have none.
+    bool rewrites = false;
     /// Position of the next token when the ticket was made.
     std::uint64_t planned_position = 0;
     /// Rows that each layer keeps, when ready.
@@ -488,6 +490,7 @@ public:
         verdict.verdict = out.verdict;
         verdict.reason = out.reason;
         verdict.movement = out.movement;
+        verdict.rewrites = out.rewrites != 0;
         verdict.planned_position = out.planned_position;
         return verdict;
     }

@@ -205,8 +205,9 @@ typedef struct KvhookVerdict {
     KvhookReason reason;
     // How the rows move, when ready: `KVHOOK_MOVE_*`, the same on every rank.
     int32_t movement;
-    // Zero.
-    uint32_t reserved0;
+    // 1: rows are rewritten, so a commit to fresh rows needs them for every layer; 0: a layer that keeps all its rows may
+    // have none.
+    uint32_t rewrites;
     // Rows of each layer when the ticket was made: tokens from there on are appended behind what is kept.
     uint64_t planned_position;
     // `uint64_t` elements, lent by the engine: rows that each layer keeps of those that were planned.

@@ -339,8 +339,9 @@ pub struct KvhookVerdict {
     pub reason: KvhookReason,
     /// How the rows move, when ready: `KVHOOK_MOVE_*`, the same on every rank.
     pub movement: i32,
-    /// Zero.
-    pub reserved0: u32,
+    /// 1: rows are rewritten, so a commit to fresh rows needs them for every layer; 0: a layer that keeps all its rows may
+    /// have none.
+    pub rewrites: u32,
     /// Rows of each layer when the ticket was made: tokens from there on are appended behind what is kept.
     pub planned_position: u64,
     /// `uint64_t` elements, lent by the engine: rows that each layer keeps of those that were planned.

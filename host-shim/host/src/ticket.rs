@@ -9,7 +9,7 @@ use crate::error::HostError;
 use crate::host::Host;
 use crate::instance::Event;
 use crate::memory::Block;
-use crate::plan::{Plan, Refusal};
+use crate::plan::{Kept, Plan, Refusal};
 use crate::raw::*;
 use crate::sequence::{Sequence, State};
 
@@ -93,6 +93,8 @@ pub enum Verdict {
     Ready {
         /// `KVHOOK_MOVE_*`.
         movement: i32,
+        /// Whether a layer that keeps all its rows may be given new ones, and needs fresh rows with the others.
+        rewrites: bool,
         /// Position of the next token when it was made.
         planned_position: u64,
         /// Rows that each layer keeps; the most of any rank.
@@ -270,10 +272,12 @@ impl Host {
 fn verdict_of(ticket: &Ticket) -> Verdict {
     let Some(movement) = ticket.movement else { return Verdict::Pending };
     let mut counts = vec![0; ticket.lengths.len()];
+    let mut rewrites = false;
     for held in ticket.ranks.iter().filter_map(RankTicket::held) {
+        rewrites |= held.plan.layers.iter().any(|layer| matches!(layer.kept, Kept::Lent(_)));
         for (count, of_rank) in counts.iter_mut().zip(held.plan.counts()) {
             *count = of_rank.max(*count);
         }
     }
-    Verdict::Ready { movement, planned_position: ticket.planned_position, counts }
+    Verdict::Ready { movement, rewrites, planned_position: ticket.planned_position, counts }
 }

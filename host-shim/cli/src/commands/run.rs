@@ -32,8 +32,7 @@ pub fn execute(options: &Run) -> Result<(), CliError> {
     let config = PluginConfig { folders: plugins::folders(options.plugin.as_deref()), ..PluginConfig::default() };
     let mut runner = Runner::with_plugins(model.clone(), cache, &config)?;
     if let (Some(plugin), Some(plugins)) = (&options.plugin, runner.plugins()) {
-        let arm = ArmConfig::new(ARM, plugin, &options.config);
-        plugins.set_arm(&arm, Source::Operator).map_err(|source| CliError::Arm { name: plugin.clone(), source })?;
+        plugins.set_arm(&ArmConfig::new(ARM, plugin, &options.config), Source::Operator)?;
     }
     let arm = options.plugin.as_ref().map_or(NO_PLUGIN, |_| ARM);
     let say = |text: String| {

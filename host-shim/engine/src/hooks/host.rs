@@ -97,7 +97,12 @@ pub(super) type Prepared = std::result::Result<u64, Reason>;
 pub(super) enum Verdict {
     Pending,
     Dropped(Reason),
-    Ready { movement: i32, counts: Vec<usize> },
+    Ready {
+        movement: i32,
+        /// Layers that keep all their rows need fresh ones with the others.
+        rewrites: bool,
+        counts: Vec<usize>,
+    },
 }
 
 /// A ticket to carry out.
@@ -352,14 +357,18 @@ impl KvPlugins {
             verdict: KVHOOK_VERDICT_PENDING,
             reason: KVH_REASON_NONE,
             movement: 0,
-            reserved0: 0,
+            rewrites: 0,
             planned_position: 0,
             counts: array_mut(&mut counts),
         };
         // SAFETY: the host lives; the counts are lent for the call.
         call("kvhook_verdict", |error| unsafe { kvhook_verdict(self.host.as_ptr(), ticket, &mut verdict, error) })?;
         Ok(match verdict.verdict {
-            KVHOOK_VERDICT_READY => Verdict::Ready { movement: verdict.movement, counts: lengths_of(&counts) },
+            KVHOOK_VERDICT_READY => Verdict::Ready {
+                movement: verdict.movement,
+                rewrites: verdict.rewrites != 0,
+                counts: lengths_of(&counts),
+            },
             KVHOOK_VERDICT_DROPPED => Verdict::Dropped(Reason(verdict.reason)),
             _ => Verdict::Pending,
         })

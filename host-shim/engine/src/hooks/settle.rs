@@ -22,8 +22,8 @@ impl Hooks {
             return Ok(());
         };
         let verdict = self.plugins.verdict(pending.ticket);
-        let (movement, counts) = match verdict {
-            Ok(Verdict::Ready { movement, counts }) => (movement, counts),
+        let (movement, rewrites, counts) = match verdict {
+            Ok(Verdict::Ready { movement, rewrites, counts }) => (movement, rewrites, counts),
             Ok(Verdict::Pending) => {
                 // Asked for again after the next step.
                 if let Some(tracked) = self.sequences.get_mut(&id) {
@@ -46,7 +46,7 @@ impl Hooks {
         };
         let Some(sequence) = cache.sequences.get(&id) else { return Ok(()) };
         let fresh = match movement {
-            KVHOOK_MOVE_FRESH => match fit(cache.pool.as_deref_mut(), &mut pending, sequence, &counts) {
+            KVHOOK_MOVE_FRESH => match fit(cache.pool.as_deref_mut(), &mut pending, sequence, &counts, rewrites) {
                 Some(fresh) => Some(fresh),
                 None => return self.no_room(cache, id, pending),
             },
@@ -176,6 +176,7 @@ fn fit(
     pending: &mut Pending,
     sequence: &SequenceCache,
     counts: &[usize],
+    rewrites: bool,
 ) -> Option<Vec<Vec<u32>>> {
     let (pool, fresh) = (pool?, pending.fresh.as_mut()?);
     let size = pool.block_size();
@@ -185,7 +186,7 @@ fn fit(
         .zip(&sequence.layers)
         .zip(counts)
         // A layer that is kept whole stays in its blocks.
-        .map(|((then, now), &count)| if count == then.len { 0 } else { (count + now.len - then.len).div_ceil(size) })
+        .map(|((then, now), &count)| if count == then.len && !rewrites { 0 } else { (count + now.len - then.len).div_ceil(size) })
         .collect();
     let missing = fresh.iter().zip(&needed).map(|(have, &needed)| needed.saturating_sub(have.len()) * size);
     let more = reserve(pool, missing.collect::<Vec<_>>().into_iter())?;

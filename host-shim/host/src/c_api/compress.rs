@@ -189,7 +189,7 @@ pub unsafe extern "C" fn kvhook_verdict(
                 verdict: KVHOOK_VERDICT_PENDING,
                 reason: KVH_REASON_NONE,
                 movement: 0,
-                reserved0: 0,
+                rewrites: 0,
                 planned_position: 0,
                 ..head
             };
@@ -198,8 +198,9 @@ pub unsafe extern "C" fn kvhook_verdict(
                 Verdict::Dropped(reason) => {
                     (answer.verdict, answer.reason) = (KVHOOK_VERDICT_DROPPED, reason);
                 }
-                Verdict::Ready { movement, planned_position, counts } => {
+                Verdict::Ready { movement, rewrites, planned_position, counts } => {
                     (answer.verdict, answer.movement) = (KVHOOK_VERDICT_READY, movement);
+                    answer.rewrites = rewrites.into();
                     answer.planned_position = planned_position;
                     numbers.write(&counts);
                 }

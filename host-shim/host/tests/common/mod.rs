@@ -311,7 +311,7 @@ impl Engine {
             verdict: -1,
             reason: -1,
             movement: -1,
-            reserved0: 0,
+            rewrites: 0,
             planned_position: 0,
             counts: array_mut(&mut counts),
         };
