@@ -48,15 +48,17 @@ pub fn gather(
     let first_head = mover.heads().start;
     let order = Order::of(source);
     // Where heads lie between each other, a stream goes through the rows of all of them.
-    let left_out = |gap| if order != Order::TokenByToken || lists.len() == 1 { gap } else { usize::MAX };
+    let apart = order == Order::HeadByHead;
+    let left_out = |gap| if apart || lists.len() == 1 { gap } else { usize::MAX };
     match mover.widest_gap().filter(|&gap| lists.iter().all(|list| is_dense(list, left_out(gap)))) {
         Some(gap) => {
-            let heads = if order == Order::HeadByHead { 1 } else { lists.len().max(1) };
+            let heads = if apart { 1 } else { lists.len().max(1) };
             let window = if order == Order::TokenByToken { 1 } else { source.layout().block_or_all() };
-            let gap = if order == Order::BlockByBlock { gap.min(window - 1) } else { gap };
+            let ahead = apart.then(|| mover.ahead());
+            let sweep = Sweep { mover, window, gap, ahead, destination_start };
             for (first_head, lists) in (first_head..).step_by(heads).zip(lists.chunks(heads)) {
                 // SAFETY: every index and the last destination were checked.
-                unsafe { sweep(mover, lists, first_head, window, gap, destination_start) };
+                unsafe { sweep.run(lists, first_head) };
             }
         }
         None => {
@@ -112,77 +114,79 @@ impl Order {
     }
 }
 
-/// Moves rows of adjacent heads in the order in which they lie in memory, `window` tokens of each head in turn. Rows that
-/// are skipped are read, too, into the cache: a stream without gaps is what the processor's prefetch is good at.
-///
-/// # Safety
-/// The rows must be inside both views, and the heads among the mover's. The lists must ascend. A window must not reach over
-/// the end of a block.
-unsafe fn sweep(
+/// Moves rows in the order in which they lie in memory. Rows that are skipped are read, too, into the cache: a stream without
+/// gaps is what the processor's prefetch is good at.
+struct Sweep {
     mover: Mover,
-    lists: &[&[u32]],
-    first_head: usize,
+    /// Tokens of each head that are moved in turn. They must not reach over the end of a block.
     window: usize,
+    /// Most rows between two kept ones that are fetched.
     gap: usize,
+    /// Kept rows between the one that is moved and the one that is fetched where a wider gap lies between.
+    ahead: Option<usize>,
     destination_start: usize,
-) {
-    let mut places = vec![0; lists.len()];
-    let first_left = |places: &[usize]| {
-        let left = lists.iter().zip(places).filter_map(|(list, &place)| list.get(place));
-        left.min().map(|&token| token as usize)
-    };
-    let mut token = 0;
-    while let Some(next) = first_left(&places) {
-        if next - token > gap {
-            token = next;
-        }
-        let end = (token / window + 1).saturating_mul(window);
-        for ((head, list), place) in (first_head..).zip(lists).zip(&mut places) {
-            // SAFETY: passed on from the caller.
-            unsafe { sweep_head(mover, list, place, token..end, head, gap, destination_start) };
-        }
-        token = end;
-    }
 }
 
-/// Moves the rows of one head that are among `tokens`. `place` is that of the first of them, and then of the first behind.
-///
-/// # Safety
-/// As [`sweep`].
-#[inline(always)]
-unsafe fn sweep_head(
-    mover: Mover,
-    list: &[u32],
-    place: &mut usize,
-    tokens: Range<usize>,
-    head: usize,
-    gap: usize,
-    destination_start: usize,
-) {
-    if *place == list.len() {
-        return;
+impl Sweep {
+    /// Moves the rows of adjacent heads.
+    ///
+    /// # Safety
+    /// The rows must be inside both views, and the heads among the mover's. The lists must ascend.
+    unsafe fn run(&self, lists: &[&[u32]], first_head: usize) {
+        let mut places = vec![0; lists.len()];
+        let first_left = |places: &[usize]| {
+            let left = lists.iter().zip(places).filter_map(|(list, &place)| list.get(place));
+            left.min().map(|&token| token as usize)
+        };
+        let mut token = 0;
+        while let Some(next) = first_left(&places) {
+            if next - token > self.gap {
+                token = next;
+            }
+            let end = (token / self.window + 1).saturating_mul(self.window);
+            for ((head, list), place) in (first_head..).zip(lists).zip(&mut places) {
+                // SAFETY: passed on from the caller.
+                unsafe { self.run_head(list, place, token..end, head) };
+            }
+            token = end;
+        }
     }
-    // SAFETY: the caller's promise. The window begins at or before the next token of each list, so inside the source, and
-    // ends with its block at the latest, so its rows are at one distance.
-    unsafe {
-        let ahead = mover.ahead();
-        let window = mover.window(tokens.start, head);
-        let mut token = tokens.start;
-        while let Some(&kept) = list.get(*place) {
-            let kept = kept as usize;
-            let end = kept.min(tokens.end);
-            if end - token <= gap {
-                (token..end).for_each(|token| mover.fetch_between(window.row(token)));
+
+    /// Moves the rows of one head that are among `tokens`, which begin at or before the next of each list. `place` is that
+    /// of the first of them, and then of the first behind.
+    ///
+    /// # Safety
+    /// As [`Sweep::run`].
+    #[inline(always)]
+    unsafe fn run_head(&self, list: &[u32], place: &mut usize, tokens: Range<usize>, head: usize) {
+        let Self { mover, gap, ahead, destination_start, .. } = *self;
+        if *place == list.len() {
+            return;
+        }
+        // SAFETY: the caller's promise. The window begins at or before a token of a list, so inside the source, and ends
+        // with its block at the latest, so its rows are at one distance.
+        unsafe {
+            let window = mover.window(tokens.start, head);
+            let mut token = tokens.start;
+            while let Some(&kept) = list.get(*place) {
+                let kept = kept as usize;
+                let end = kept.min(tokens.end);
+                if end - token <= gap {
+                    (token..end).for_each(|token| mover.fetch_between(window.row(token)));
+                }
+                if kept >= tokens.end {
+                    break;
+                }
+                if let Some(ahead) = ahead {
+                    let next = list.get(*place + ahead).map(|&next| next as usize);
+                    if let Some(next) = next.filter(|next| next - kept > ahead + gap) {
+                        mover.fetch_ahead(next, head);
+                    }
+                }
+                mover.move_from(window.row(kept), destination_start + *place, head);
+                token = kept + 1;
+                *place += 1;
             }
-            if kept >= tokens.end {
-                break;
-            }
-            if let Some(&next) = list.get(*place + ahead).filter(|&&next| next as usize > kept + ahead + gap) {
-                mover.fetch_ahead(next as usize, head);
-            }
-            mover.move_from(window.row(kept), destination_start + *place, head);
-            token = kept + 1;
-            *place += 1;
         }
     }
 }

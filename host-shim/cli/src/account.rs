@@ -32,7 +32,7 @@ pub fn fallbacks(report: &SequenceReport) -> String {
     let mut text = String::new();
     let nothing = report.commits.is_empty() && report.kept.is_empty() && report.failures.is_empty();
     if report.uid != 0 && nothing && !report.pending {
-        text += "not compressed: no gain was asked for, or the sequence is shorter than the plugin's min_tokens\n";
+        text += "not compressed: the plugin kept everything, or the prompt is shorter than its min_tokens\n";
     }
     for (reason, count) in &report.kept {
         text += &format!("not compressed ({count}×): {reason}\n");
@@ -52,17 +52,21 @@ pub fn cache(report: &SequenceReport) -> String {
     )
 }
 
-/// Calls and times of each hook that was called.
-pub fn hooks(figures: &Figures) -> String {
-    let rows = [
+/// The functions of a plugin by name, with the time spent in each.
+pub fn hook_times(figures: &Figures) -> [(&'static str, HookTime); 5] {
+    [
         ("bound", figures.bound),
         ("on_prefill_done", figures.on_prefill_done),
         ("on_grown", figures.on_grown),
         ("before_attention", figures.before_attention),
         ("on_free", figures.on_free),
-        ("commit (host)", figures.commit),
-    ];
-    let called: Vec<(&str, HookTime)> = rows.into_iter().filter(|(_, time)| time.calls > 0).collect();
+    ]
+}
+
+/// Calls and times of each hook that was called, and of the host's commits.
+pub fn hooks(figures: &Figures) -> String {
+    let rows = hook_times(figures).into_iter().chain([("commit (host)", figures.commit)]);
+    let called: Vec<(&str, HookTime)> = rows.filter(|(_, time)| time.calls > 0).collect();
     if called.is_empty() {
         return "no hook was called\n".into();
     }

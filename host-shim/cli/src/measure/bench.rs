@@ -11,6 +11,7 @@ use kvhook_engine::{ArmConfig, Begin, PluginConfig, Runner, Scoring, SequenceId}
 
 use super::Plan;
 use super::passage::Prepared;
+use crate::account::hook_times;
 use crate::arm::{ArmSpec, NO_PLUGIN};
 use crate::error::CliError;
 use crate::model::Loaded;
@@ -198,16 +199,10 @@ struct Spent {
 }
 
 fn spent(now: &Figures, before: &Figures) -> Spent {
-    let since = |time: fn(&Figures) -> HookTime| time(now).total.saturating_sub(time(before).total);
-    let hooks = [
-        ("bound", since(|figures| figures.bound)),
-        ("on_prefill_done", since(|figures| figures.on_prefill_done)),
-        ("on_grown", since(|figures| figures.on_grown)),
-        ("before_attention", since(|figures| figures.before_attention)),
-        ("on_free", since(|figures| figures.on_free)),
-    ];
-    let called = hooks.into_iter().filter(|(_, time)| !time.is_zero());
-    Spent { hooks: called.collect(), commit: since(|figures| figures.commit) }
+    let since = |now: HookTime, before: HookTime| now.total.saturating_sub(before.total);
+    let both = hook_times(now).into_iter().zip(hook_times(before));
+    let hooks = both.map(|((name, now), (_, before))| (name, since(now, before))).filter(|(_, time)| !time.is_zero());
+    Spent { hooks: hooks.collect(), commit: since(now.commit, before.commit) }
 }
 
 fn ms(time: Duration) -> f64 {

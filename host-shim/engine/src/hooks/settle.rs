@@ -8,7 +8,7 @@ use super::compress::{Cache, Hooks, give_back, reserve};
 use super::host::{Commit, Committed, Verdict};
 use super::report::{CommitReport, Movement, Reason};
 use super::tracked::Pending;
-use crate::cache::{BlockPool, SequenceCache, SequenceId};
+use crate::cache::{BlockPool, LayerCache, SequenceCache, SequenceId};
 use crate::error::{Error, Result};
 use crate::rank::Ranks;
 
@@ -180,14 +180,12 @@ fn fit(
 ) -> Option<Vec<Vec<u32>>> {
     let (pool, fresh) = (pool?, pending.fresh.as_mut()?);
     let size = pool.block_size();
-    let needed: Vec<usize> = pending
-        .layers
-        .iter()
-        .zip(&sequence.layers)
-        .zip(counts)
+    let room = |((then, now), &count): ((&LayerCache, &LayerCache), &usize)| {
         // A layer that is kept whole stays in its blocks.
-        .map(|((then, now), &count)| if count == then.len && !rewrites { 0 } else { (count + now.len - then.len).div_ceil(size) })
-        .collect();
+        let stays = count == then.len && !rewrites;
+        if stays { 0 } else { (count + now.len - then.len).div_ceil(size) }
+    };
+    let needed: Vec<usize> = pending.layers.iter().zip(&sequence.layers).zip(counts).map(room).collect();
     let missing = fresh.iter().zip(&needed).map(|(have, &needed)| needed.saturating_sub(have.len()) * size);
     let more = reserve(pool, missing.collect::<Vec<_>>().into_iter())?;
     for (layer, ((have, more), &needed)) in fresh.iter_mut().zip(more).zip(&needed).enumerate() {
