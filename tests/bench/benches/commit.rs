@@ -5,7 +5,8 @@
 //!
 //! Gates: the host's commit (its checks and the moving) reaches 70 % of the memcpy's bandwidth for a random half, 90 % where
 //! the kept rows form runs; the host's own share beside plugin and commit (ask, prepare, checking the plan, copying its
-//! indices, begin and free) stays below 10 % of the memcpy's time.
+//! indices, new positions, begin and free) stays below a quarter of the memcpy's time. It goes with the number of indices,
+//! not of bytes: for each index of 4 bytes, K and V move 256 bytes at head_dim 64, 512 at 128.
 
 use std::process::ExitCode;
 
@@ -16,7 +17,7 @@ use kvhook_kernels::{KernelError, parallel};
 
 const RUNS: usize = 11;
 /// Most of the host's own time beside plugin and commit, as a share of the memcpy's.
-const HOST_SHARE: f64 = 0.1;
+const HOST_SHARE: f64 = 0.25;
 
 const SMOL: Shape =
     Shape { name: "SmolLM2, contiguous", layers: 30, kv_heads: 3, head_dim: 64, length: 8192, block_size: 0 };
