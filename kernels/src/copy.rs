@@ -96,7 +96,7 @@ impl Mover {
     }
 
     /// Most adjacent rows between two kept ones that are worth fetching just to keep the processor's own prefetch going;
-    /// `None`: it never is.
+    /// `None`: it never is, as for little that moves, and for long rows, each of which is a stream of its own.
     pub(crate) fn widest_gap(&self) -> Option<usize> {
         let rows = GAP_BYTES / self.unit;
         (cfg!(target_arch = "x86_64") && self.large && rows > 3).then_some(rows)
