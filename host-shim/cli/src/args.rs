@@ -64,13 +64,13 @@ pub struct Demo {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  kvhook run --model m.gguf --prompt-file prompt.txt
-  kvhook run --model m.gguf --prompt-file prompt.txt --plugin truncate --config keep=0.25,history=top
+  kvhook run --prompt-file prompt.txt
+  kvhook run --prompt-file prompt.txt --plugin truncate --config keep=0.25,history=top
   kvhook run --model m.gguf --prompt-file prompt.txt --plugin ./libmine.so --cache paged --ranks 3 -v")]
 pub struct Run {
-    /// A Llama-architecture GGUF file
+    /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct, which is fetched once
     #[arg(long, value_name = "FILE")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// A UTF-8 text file that holds the prompt
     #[arg(long, value_name = "FILE")]
     pub prompt_file: PathBuf,
@@ -95,7 +95,7 @@ pub struct Run {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  kvhook compare --model m.gguf --text book.txt \\
+  kvhook compare --text book.txt \\
       --arm recent=truncate:keep=0.25,history=none \\
       --arm keydiff=truncate:keep=0.25,history=top,importance=key_diff \\
       --json results.json --html results.html
@@ -105,9 +105,9 @@ so CONFIG may hold both signs. The uncompressed run is always added under the na
 Paired differences are taken to the first --arm. With --cache paged the arms share one prefill of each
 passage, which takes less time; then only the uncompressed run shows a prefill time.")]
 pub struct Compare {
-    /// A Llama-architecture GGUF file
+    /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct, which is fetched once
     #[arg(long, value_name = "FILE")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// A UTF-8 text file to take passages from (may be given several times)
     #[arg(long = "text", value_name = "FILE", required = true)]
     pub texts: Vec<PathBuf>,

@@ -28,6 +28,6 @@ pub fn execute(options: &Compare) -> Result<(), CliError> {
         passages: options.passages,
         cache: options.cache,
     };
-    let comparison = measure::compare(&model::load(&options.model)?, &plan)?;
+    let comparison = measure::compare(&model::load_named(options.model.as_deref())?, &plan)?;
     report::deliver(&comparison, &options.output, &mut io::stdout().lock())
 }

@@ -35,10 +35,7 @@ const CACHE: CacheOptions = CacheOptions { cache: CacheKind::Paged, ranks: 1, dt
 /// # Errors
 /// Each of [`CliError`] but those of `inspect`.
 pub fn execute(options: &Demo) -> Result<(), CliError> {
-    let loaded = match &options.model {
-        Some(path) => model::load(path)?,
-        None => model::load_default()?,
-    };
+    let loaded = model::load_named(options.model.as_deref())?;
     let texts = [Text { name: "state-of-the-union.txt".into(), content: TEXT.into() }];
     let arm = |(name, plugin, config): (&str, &str, &str)| ArmSpec {
         name: name.into(),

@@ -25,7 +25,7 @@ const CHUNK: usize = 512;
 /// Each of [`CliError`] but those of `compare` and `inspect`.
 pub fn execute(options: &Run) -> Result<(), CliError> {
     let text = read_text(&options.prompt_file)?;
-    let model = model::load(&options.model)?.model;
+    let model = model::load_named(options.model.as_deref())?.model;
     let prompt = model.tokenizer.encode_text(&text)?;
     // The compressed copy of a prompt needs as much room again.
     let cache = options.cache.with_room_for(2 * (prompt.len() + options.max_new_tokens));
