@@ -265,7 +265,8 @@ pub(crate) fn may_compress(
     if sequence.arm.is_removed() {
         return refuse(KVHOOK_REASON_DISABLED, String::new());
     }
-    if generation.is_poisoned() {
+    // An open ticket was opened before: the rank that panicked drops it, with its own reason.
+    if generation.is_poisoned() && state.ticket.is_none() {
         return refuse(KVHOOK_REASON_POISONED, String::new());
     }
     if !generation.answers(event) {

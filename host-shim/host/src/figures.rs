@@ -121,6 +121,46 @@ pub struct Figures {
     times: [Times; TIMED.len()],
 }
 
+impl KvhookTimes {
+    /// No call yet.
+    pub const NONE: Self = Self { calls: 0, total_ns: 0, max_ns: 0, buckets: [0; KVHOOK_TIME_BUCKETS] };
+}
+
+impl KvhookReasonCount {
+    /// An element to be filled.
+    pub const NONE: Self = Self { reason: KVH_REASON_NONE, reserved0: 0, count: 0 };
+}
+
+impl KvhookFigures {
+    /// Figures for `kvhook_figures` to fill, with room for reasons in `reasons`, which is lent as long as the figures are
+    /// handed on.
+    pub fn to_fill(reasons: &mut [KvhookReasonCount]) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            sequences: 0,
+            live: 0,
+            commits: 0,
+            entries_before: 0,
+            entries_after: 0,
+            bytes_before: 0,
+            bytes_after: 0,
+            bytes_freed: 0,
+            fallbacks: 0,
+            reasons: KvhArrayMut {
+                data: reasons.as_mut_ptr().cast(),
+                count: reasons.len() as u64,
+                stride: size_of::<KvhookReasonCount>() as u64,
+            },
+            bound: KvhookTimes::NONE,
+            on_prefill_done: KvhookTimes::NONE,
+            on_grown: KvhookTimes::NONE,
+            before_attention: KvhookTimes::NONE,
+            on_free: KvhookTimes::NONE,
+            commit: KvhookTimes::NONE,
+        }
+    }
+}
+
 impl Figures {
     /// A sequence began.
     pub fn began(&self) {

@@ -4,7 +4,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 
 use common::plugin::Script;
@@ -82,6 +82,35 @@ fn ranks_prepare_and_commit_at_the_same_time() {
         engine.verify(&cache);
     }
     assert_eq!(engine.figures("arm").0.commits, 50);
+}
+
+#[test]
+fn a_panic_is_counted_however_soon_the_other_ranks_hear_of_it() {
+    let script = Arc::new(Script { prepare_status: KVH_ERR_PANIC.into(), ..Script::default() });
+    let engine = Arc::new(Engine::with(Shape { ranks: 2, ..SMALL }, &script));
+    let cache = engine.begin(20);
+    engine.ask(&cache, DONE);
+    let (other, of_other) = (engine.clone(), cache.clone());
+    let (send, receive) = std::sync::mpsc::channel();
+    let first_message = AtomicBool::new(true);
+    // Rank 0 has panicked and says so; its ticket is still open.
+    *engine.watch.on_log.lock().unwrap() = Some(Box::new(move |message| {
+        if message.contains("on_prefill_done failed") && first_message.swap(false, SeqCst) {
+            let (other, of_other) = (other.clone(), of_other.clone());
+            let joined = thread::spawn(move || other.prepare(1, &of_other, DONE, false));
+            // Long enough that rank 1 has joined; its own message waits for this one.
+            thread::sleep(std::time::Duration::from_millis(100));
+            let _ = send.send(joined);
+        }
+    }));
+    let first = engine.prepare(0, &cache, DONE, false);
+    let second = receive.recv().unwrap().join().unwrap();
+    *engine.watch.on_log.lock().unwrap() = None;
+    let mut answers = [first, second];
+    answers.sort();
+    assert_eq!(answers, [(0, KVHOOK_REASON_PANIC), (0, KVHOOK_REASON_OTHER_RANK)]);
+    assert_eq!(engine.figures("arm").1, [(KVHOOK_REASON_PANIC, 1)]);
+    engine.verify(&cache);
 }
 
 #[test]

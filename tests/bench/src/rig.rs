@@ -291,26 +291,7 @@ impl Rig {
     /// # Errors
     /// [`Error::Refused`].
     pub fn spent(&self) -> Result<Spent> {
-        let none = KvhookTimes { calls: 0, total_ns: 0, max_ns: 0, buckets: [0; KVHOOK_TIME_BUCKETS] };
-        let mut figures = KvhookFigures {
-            struct_size: size_of::<KvhookFigures>(),
-            sequences: 0,
-            live: 0,
-            commits: 0,
-            entries_before: 0,
-            entries_after: 0,
-            bytes_before: 0,
-            bytes_after: 0,
-            bytes_freed: 0,
-            fallbacks: 0,
-            reasons: array_mut::<KvhookReasonCount>(&mut []),
-            bound: none,
-            on_prefill_done: none,
-            on_grown: none,
-            before_attention: none,
-            on_free: none,
-            commit: none,
-        };
+        let mut figures = KvhookFigures::to_fill(&mut []);
         // SAFETY: the host lives; the figures are lent for the call.
         call("kvhook_figures", |error| unsafe { kvhook_figures(self.host, KvhStr::new("arm"), &mut figures, error) })?;
         Ok(Spent { plugin: figures.bound.total_ns + figures.on_prefill_done.total_ns, commit: figures.commit.total_ns })

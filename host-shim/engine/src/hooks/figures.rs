@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use kvhook_abi::raw::KvhArrayMut;
 use kvhook_host::raw::*;
 
 use super::report::Reason;
@@ -68,31 +67,8 @@ const REASONS: usize = 64;
 impl Figures {
     /// Fills the figures by a call that is handed a struct with room for the reasons.
     pub(super) fn read<E>(fill: impl FnOnce(&mut KvhookFigures) -> Result<(), E>) -> Result<Self, E> {
-        let mut reasons = [KvhookReasonCount { reason: 0, reserved0: 0, count: 0 }; REASONS];
-        let none = KvhookTimes { calls: 0, total_ns: 0, max_ns: 0, buckets: [0; KVHOOK_TIME_BUCKETS] };
-        let mut raw = KvhookFigures {
-            struct_size: size_of::<KvhookFigures>(),
-            sequences: 0,
-            live: 0,
-            commits: 0,
-            entries_before: 0,
-            entries_after: 0,
-            bytes_before: 0,
-            bytes_after: 0,
-            bytes_freed: 0,
-            fallbacks: 0,
-            reasons: KvhArrayMut {
-                data: reasons.as_mut_ptr().cast(),
-                count: REASONS as u64,
-                stride: size_of::<KvhookReasonCount>() as u64,
-            },
-            bound: none,
-            on_prefill_done: none,
-            on_grown: none,
-            before_attention: none,
-            on_free: none,
-            commit: none,
-        };
+        let mut reasons = [KvhookReasonCount::NONE; REASONS];
+        let mut raw = KvhookFigures::to_fill(&mut reasons);
         fill(&mut raw)?;
         let reasons = reasons.iter().take(raw.reasons.count as usize);
         Ok(Self {

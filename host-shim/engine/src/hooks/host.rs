@@ -318,7 +318,7 @@ impl KvPlugins {
 
     /// Prepares sequences on the rank's thread; for each the ticket, or why it is kept.
     pub(super) fn prepare(&self, rank: &mut RankState, candidates: &[Candidate]) -> Result<Vec<Prepared>> {
-        let views: Vec<Vec<KvhLayer>> =
+        let views: Vec<_> =
             candidates.iter().map(|candidate| describe_all(rank, candidate.id, &candidate.layers)).collect();
         let mut sequences: Vec<KvhookPrepareSequence> = candidates
             .iter()
@@ -328,7 +328,7 @@ impl KvPlugins {
                 uid: candidate.uid,
                 event: candidate.occasion.number(),
                 fresh: candidate.fresh.into(),
-                layers: array(layers),
+                layers: layers.array(),
                 next_position: candidate.next_position.into(),
                 shared_rows: candidate.shared_rows as u64,
                 published_rows: candidate.published_rows as u64,
@@ -401,15 +401,14 @@ impl KvPlugins {
     /// Carries a ticket out on the rank's thread. A contiguous cache then gives back the room that became free.
     pub(super) fn commit(&self, rank: &mut RankState, commit: &Commit) -> Result<Committed> {
         let views = describe_all(rank, commit.id, &commit.layers);
-        // The views lead to the tables in these layers.
         let fresh_layers = commit.fresh.as_ref().map_or_else(Vec::new, |blocks| fresh_layers(rank, blocks));
         let fresh = describe_all(rank, commit.id, &fresh_layers);
         let mut lengths = vec![0u64; self.layers];
         let mut raw = KvhookCommit {
             struct_size: size_of::<KvhookCommit>(),
             ticket: commit.ticket,
-            layers: array(&views),
-            fresh: array(&fresh),
+            layers: views.array(),
+            fresh: fresh.array(),
             next_position: commit.next_position.into(),
             stream: ptr::null_mut(),
             lengths: array_mut(&mut lengths),

@@ -1,6 +1,7 @@
 //! The cache as the host sees it: addresses and strides in bytes.
 
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::ptr;
 
 use kvhook_abi::raw::*;
@@ -76,8 +77,22 @@ impl Buffers {
     }
 }
 
-/// All layers of a sequence on a rank. Valid until the rank's cache or `layers` change.
-pub(super) fn describe_all(rank: &mut RankState, id: crate::SequenceId, layers: &[LayerCache]) -> Vec<KvhLayer> {
+/// All layers of a sequence on a rank, and the borrow of the block tables that they lead to. Valid until the rank's cache
+/// changes.
+pub(super) struct Described<'a> {
+    layers: Vec<KvhLayer>,
+    tables: PhantomData<&'a [LayerCache]>,
+}
+
+impl Described<'_> {
+    /// For the host, during this borrow.
+    pub(super) fn array(&self) -> KvhArray {
+        array(&self.layers)
+    }
+}
+
+/// Describes all layers of a sequence on a rank.
+pub(super) fn describe_all<'a>(rank: &mut RankState, id: crate::SequenceId, layers: &'a [LayerCache]) -> Described<'a> {
     let kv_heads = rank.shard.kv_heads.len();
     let paged = matches!(rank.cache, RankCache::Paged(_));
     let describe = |(index, layer): (usize, &LayerCache)| {
@@ -86,5 +101,5 @@ pub(super) fn describe_all(rank: &mut RankState, id: crate::SequenceId, layers: 
         let buffers = Buffers { k: view.k.as_mut_ptr(), v: view.v.as_mut_ptr(), layout, dtype, paged };
         buffers.describe(index, kv_heads, layer.len, &layer.blocks)
     };
-    layers.iter().enumerate().map(describe).collect()
+    Described { layers: layers.iter().enumerate().map(describe).collect(), tables: PhantomData }
 }

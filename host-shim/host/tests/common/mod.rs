@@ -54,7 +54,11 @@ pub struct Watch {
     /// The allocation that is refused, counted from 0; negative: none.
     pub refuse: AtomicI64,
     pub log: Mutex<Vec<(i32, String)>>,
+    /// Runs when the host logs: the message.
+    pub on_log: Mutex<Option<OnLog>>,
 }
+
+pub type OnLog = Box<dyn Fn(&str) + Send>;
 
 unsafe extern "C" fn allocate(context: *mut c_void, _: u32, bytes: u64, alignment: u64, _: *mut c_void) -> *mut c_void {
     let watch = unsafe { &*context.cast::<Watch>() };
@@ -78,6 +82,9 @@ unsafe extern "C" fn free(context: *mut c_void, _: u32, data: *mut c_void, bytes
 unsafe extern "C" fn log(context: *mut c_void, record: *const KvhLogRecord) {
     let (watch, record) = unsafe { (&*context.cast::<Watch>(), &*record) };
     let message = unsafe { kvhook_abi::boundary::text(record.message, "message") }.unwrap().to_owned();
+    if let Some(on_log) = &*watch.on_log.lock().unwrap() {
+        on_log(&message);
+    }
     watch.log.lock().unwrap().push((record.level, message));
 }
 
@@ -470,13 +477,8 @@ impl Engine {
     }
 
     pub fn figures(&self, arm: &str) -> (KvhookFigures, Vec<(i32, u64)>) {
-        let none = KvhookReasonCount { reason: 0, reserved0: 0, count: 0 };
-        let mut reasons = [none; 32];
-        let mut out = KvhookFigures {
-            struct_size: size_of::<KvhookFigures>(),
-            reasons: array_mut(&mut reasons),
-            ..unsafe { core::mem::zeroed() }
-        };
+        let mut reasons = [KvhookReasonCount::NONE; 32];
+        let mut out = KvhookFigures::to_fill(&mut reasons);
         call(|error| unsafe { kvhook_figures(self.raw, KvhStr::new(arm), &mut out, error) }).unwrap();
         let written = out.reasons.count as usize;
         (out, reasons[..written].iter().map(|entry| (entry.reason, entry.count)).collect())
