@@ -5,10 +5,19 @@
 runs an InfiniLM script with it; `attach()` does the same in one's own script, before an engine is made.
 """
 
-from .points import adapter_of, attach
 from .errors import AttachError, HostError, KvhookError, Refused, UnknownArm
+from .points import adapter_of, attach
 
-__all__ = ["AttachError", "HostError", "KvhookError", "Refused", "UnknownArm", "adapter_of", "attach", "figures"]
+__all__ = [
+    "AttachError",
+    "HostError",
+    "KvhookError",
+    "Refused",
+    "UnknownArm",
+    "adapter_of",
+    "attach",
+    "figures",
+]
 
 
 def figures(engine) -> dict:

@@ -54,6 +54,7 @@ class Adapter:
         self._caches: list[RankCache] = []
         self._arms: list[str] = []
         self._step: Step | None = None
+        self._dropped: list[int] = []
         self._batch: Batch | None = None
         self._batches = itertools.count()
         self._broken: SplitCommit | None = None
@@ -71,7 +72,11 @@ class Adapter:
     @property
     def active(self) -> bool:
         """Whether the engine's steps concern the adapter: also when it was turned off with shorter caches about."""
-        return self.on or (self.requests is not None and self.requests.any_shorter)
+        return (
+            self.on
+            or any(self._dropped)
+            or (self.requests is not None and self.requests.memory.any_shorter)
+        )
 
     def arms(self) -> list[str]:
         """Names of the arms."""
@@ -93,7 +98,9 @@ class Adapter:
         Raises nothing, unless the operator asked for it (`strict`).
         """
         try:
-            self.choice = settings.choose(self.engine.hf_config, str(self._options.get("model_path") or ""))
+            self.choice = settings.choose(
+                self.engine.hf_config, str(self._options.get("model_path") or "")
+            )
             if self.choice is not None:
                 self._open(cache_config)
         except Exception as error:
@@ -116,7 +123,9 @@ class Adapter:
         if self.shim is None or self.shim.is_idle():
             host.close()
         else:
-            _logger.error("a rank's thread still uses the host after a forward that raised: it is not destroyed")
+            _logger.error(
+                "a rank's thread still uses the host after a forward that raised: it is not destroyed"
+            )
 
     def reset(self) -> None:
         """The engine's cache is about to go away."""
@@ -141,6 +150,10 @@ class Adapter:
         if self.requests is not None:
             self._step = self.requests.step(output)
 
+    def set_dropped(self, output) -> None:
+        """Rows that each request of the step that comes lacks. Apart from all else, since these lengths must be right."""
+        self._dropped = self.requests.dropped(output) if self.requests is not None else []
+
     def begin_batch(self, shape: Sequence[int], new_tokens: int, arm: str) -> None:
         """`InferEngine.generate` begins with prompts `[batch, tokens]`."""
         self._broken = None
@@ -149,6 +162,7 @@ class Adapter:
     def end_batch(self) -> None:
         """`InferEngine.generate` is over."""
         batch, self._batch = self._batch, None
+        self._dropped = []
         if batch is not None:
             batch.end()
 
@@ -158,24 +172,29 @@ class Adapter:
         if broken is not None:
             raise broken
 
-    def before_forward(self, input_ids, arguments: Mapping) -> dict:
-        """The arguments of a forward, for caches that are shorter than their positions. With the shim, each rank's
-        thread is handed what it shows and prepares."""
+    def shortened(self, arguments: Mapping) -> Mapping:
+        """The arguments of a forward, for caches that are shorter than their positions."""
+        if not any(self._dropped):
+            return arguments
+        changed = shorten(arguments, self._dropped)
         if self._batch is not None:
-            self._step = self._batch.step(input_ids)
-        step = self._step
-        if step is None:
-            return dict(arguments)
-        changed = dict(arguments)
-        if any(step.dropped):
-            changed = shorten(arguments, step.dropped)
-            if self._batch is not None:
-                changed.update(self._batch.placed(step))
-        if self.shim is not None and self.on:
-            due = step.due()
-            prepares = Prepares(self._caches, step.memory, due) if due else None
-            self.shim.begin(self.host, self._caches, step, prepares)
+            changed.update(self._batch.placed())
         return changed
+
+    def begin_batch_step(self, input_ids) -> None:
+        """A forward of `InferEngine.generate` is about to run."""
+        if self._batch is not None:
+            self._dropped = self._batch.dropped(input_ids)
+            self._step = self._batch.step()
+
+    def before_forward(self) -> None:
+        """With the shim: each rank's thread is handed what it shows and prepares."""
+        step = self._step
+        if step is None or self.shim is None or not self.on:
+            return
+        due = step.due()
+        prepares = Prepares(self._caches, step.memory, due) if due else None
+        self.shim.begin(self.host, self._caches, step, prepares)
 
     def after_forward(self, came_back: bool) -> None:
         """The forward came back, or raised."""
@@ -198,13 +217,15 @@ class Adapter:
         prepared = self.shim.take() if self.shim is not None and self.on else None
         if due and self.on:
             self._compress(step, due, prepared)
-        if self.requests is not None and self._batch is None:
-            self.requests.stepped(step)
 
     def abandon_step(self, _error=None) -> None:
         """The adapter failed in a step: its sequences are not compressed any more. What they lack is still known."""
         step, self._step = self._step, None
-        sequences = [tracked for tracked, _ in step.live()] if step is not None else list(self.live.values())
+        sequences = (
+            [tracked for tracked, _ in step.live()]
+            if step is not None
+            else list(self.live.values())
+        )
         for tracked in sequences:
             self.free(tracked, native.KVH_FREE_CANCELLED)
 
@@ -218,7 +239,9 @@ class Adapter:
         for name, figures in self.host.figures()["arms"].items():
             _logger.info("arm %s: %s", name, json.dumps(figures))
 
-    def _compress(self, step: Step, due: Sequence[tuple[Tracked, int]], prepared: Prepares | None) -> None:
+    def _compress(
+        self, step: Step, due: Sequence[tuple[Tracked, int]], prepared: Prepares | None
+    ) -> None:
         compression = Compression(self.host, self._caches)
         for group in [due] if step.together else [[one] for one in due]:
             for tracked, _ in group:
@@ -231,7 +254,9 @@ class Adapter:
             except SplitCommit as error:
                 self._lost(error)
             except KvhookError as error:
-                _logger.error("sequences %s stay as they are: %s", [one.uid for one, _ in group], error)
+                _logger.error(
+                    "sequences %s stay as they are: %s", [one.uid for one, _ in group], error
+                )
 
     def _lost(self, error: SplitCommit) -> None:
         """The rows of some sequences are not usable any more: their requests fail, the others go on."""
@@ -246,7 +271,9 @@ class Adapter:
         self._check_options()
         paged = hasattr(cache_config, "block_size")
         block_size = int(cache_config.block_size()) if paged else 0
-        kind = CacheKind(paged, block_size, paged and self._options.get("attention_backend") == "flash-attn")
+        kind = CacheKind(
+            paged, block_size, paged and self._options.get("attention_backend") == "flash-attn"
+        )
         # InfiniLM hands caches out once the ranks have done some work: without any (an engine that has just been made) it
         # waits for ever. Loading nothing is the least of it.
         self.engine.load_state_dict({}, strict=False)
@@ -257,7 +284,10 @@ class Adapter:
         self.kind = kind
         self.shim = Shim.find()
         ranks = len(self._caches)
-        models = [RankModel(self.engine.hf_config, rank, ranks, cache) for rank, cache in enumerate(self._caches)]
+        models = [
+            RankModel(self.engine.hf_config, rank, ranks, cache)
+            for rank, cache in enumerate(self._caches)
+        ]
         host = Host("InfiniLM", models, self._offers(), settings.folders() or [str(native.NATIVE)])
         try:
             self._configure(host)
@@ -285,11 +315,17 @@ class Adapter:
         if self._refusal:
             raise Refused(self._refusal)
         if getattr(options.get("distributed_config"), "pp_size", 1) > 1:
-            raise Refused("pipeline parallelism: later stages do not hear of a request's end (--pp 1 is served)")
+            raise Refused(
+                "pipeline parallelism: later stages do not hear of a request's end (--pp 1 is served)"
+            )
         if options.get("use_mla"):
-            raise Refused("MLA: its cache holds latent vectors, which kvhook does not know (start without --use-mla)")
+            raise Refused(
+                "MLA: its cache holds latent vectors, which kvhook does not know (start without --use-mla)"
+            )
         if options.get("kv_cache_dtype") not in (None, config.get("torch_dtype")):
-            raise Refused(f"a cache of {options['kv_cache_dtype']}: kvhook serves caches of the model's own dtype")
+            raise Refused(
+                f"a cache of {options['kv_cache_dtype']}: kvhook serves caches of the model's own dtype"
+            )
 
     def _offers(self):
         can = native.KVH_CAN_REWRITE | native.KVH_CAN_GROWN | native.KVH_CAN_STATE
@@ -297,7 +333,9 @@ class Adapter:
         if self.shim is not None:
             can |= native.KVH_CAN_QUERIES | native.KVH_CAN_ALL_QUERIES
             window = max_positions(self.engine.hf_config) or (1 << 20)
-        return native.sized("KvhOffers", can=can, max_window_queries=window, block_size=self.kind.block_size)
+        return native.sized(
+            "KvhOffers", can=can, max_window_queries=window, block_size=self.kind.block_size
+        )
 
     def _say(self) -> None:
         """The one line at start."""

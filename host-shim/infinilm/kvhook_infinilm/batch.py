@@ -31,34 +31,39 @@ class Batch:
         # InfiniLM gives each sequence a stretch of blocks of its own.
         blocks = -(-(shape[1] + (new_tokens or 0)) // size) if size else 0
         self._memory = BatchMemory(size) if self._kind.paged else StaticMemory()
-        self._sequences = []
+        self._tokens = 0
+        self._sequences: list[Tracked | None] = []
         for row in range(self._size):
             tracked = Tracked(adapter.host.begin(key, arm, shape[1], []), shape[1], row=row)
             if self._kind.paged:
                 tracked.blocks = list(range(row * blocks, (row + 1) * blocks))
             self._sequences.append(adapter.keep(tracked))
 
-    def step(self, input_ids) -> Step:
-        """The forward of these tokens."""
-        tokens = input_ids.numel() // self._size
+    def dropped(self, input_ids) -> list[int]:
+        """These tokens come next. Gives the rows that each sequence lacks."""
+        self._tokens = input_ids.numel() // self._size
+        return [tracked.dropped if tracked else 0 for tracked in self._sequences]
+
+    def step(self) -> Step:
+        """The forward of the tokens that come."""
+        live = self._adapter.live
         parts = [
-            Part(tracked, tokens, tracked is not None and tracked.uid in self._adapter.live)
-            for tracked in self._sequences
+            Part(one, self._tokens, one is not None and one.uid in live) for one in self._sequences
         ]
         first = self._sequences[0]
         together = not self._kind.paged and self._size > 1
         return Step(parts, first is not None and first.position == 0, self._memory, together)
 
-    def placed(self, step: Step) -> dict:
+    def placed(self) -> dict:
         """The arguments of a forward that say where rows are, as InfiniLM derives them from positions."""
         if not self._kind.paged:
             return {}
         size = self._kind.block_size
         slots = []
-        for part in step.parts:
-            rows = range(part.tracked.length, part.tracked.length + part.tokens)
-            slots += [part.tracked.table[row // size] * size + row % size for row in rows]
-        tables = [part.tracked.table for part in step.parts]
+        for one in self._sequences:
+            rows = range(one.length, one.length + self._tokens)
+            slots += [one.table[row // size] * size + row % size for row in rows]
+        tables = [one.table for one in self._sequences]
         return {"slot_mapping": tensor_i64(slots), "block_tables": tensor_i32(tables)}
 
     def end(self) -> None:

@@ -23,14 +23,18 @@ class SplitCommit(KvhookError):
     """Some of what had to change together changed, and the rest cannot: the sequences' rows are not usable."""
 
     def __init__(self, sequences: Sequence[Tracked], cause: Exception):
-        super().__init__(f"sequences {[tracked.uid for tracked in sequences]} were committed in part: {cause}")
+        super().__init__(
+            f"sequences {[tracked.uid for tracked in sequences]} were committed in part: {cause}"
+        )
         self.sequences = list(sequences)
 
 
 class Prepares:
     """`KvhookPrepareSequence[]` for each rank, for sequences that are prepared in one call."""
 
-    def __init__(self, caches: Sequence[RankCache], memory, due: Sequence[tuple[Tracked, int, int]]):
+    def __init__(
+        self, caches: Sequence[RankCache], memory, due: Sequence[tuple[Tracked, int, int]]
+    ):
         """Describes sequences as they will be when their tokens are computed.
 
         Args:
@@ -96,7 +100,9 @@ class Compression:
         ticket = prepared.ticket(tracked) if prepared else 0
         return bool(ticket) and self._settle(memory, tracked, ticket)
 
-    def together(self, memory, due: Sequence[tuple[Tracked, int]], prepared: Prepares | None) -> bool:
+    def together(
+        self, memory, due: Sequence[tuple[Tracked, int]], prepared: Prepares | None
+    ) -> bool:
         """As `one` for sequences that have one length in common: all are compressed or none."""
         if prepared is None:
             prepared = self._prepare(memory, due)
@@ -162,9 +168,10 @@ class Compression:
             if done:
                 raise SplitCommit([tracked], error) from error
             raise
-        blocks = memory.committed(tracked, verdict.movement, fresh, kept, length)
+        # From here on the sequence is shorter, whatever else happens.
         tracked.dropped = tracked.position - length
         tracked.compressed = True
+        blocks = memory.committed(tracked, verdict.movement, fresh, kept)
         if blocks > 0:
             rows = blocks * self._caches[0].kind.block_size
             self._host.freed(tracked.uid, rows * sum(cache.row_bytes for cache in self._caches))
@@ -188,5 +195,7 @@ class Compression:
         """The rows that every layer with a cache keeps."""
         lengths = {count for count, layer in zip(counts, self._caches[0].geometry) if layer}
         if len(lengths) != 1:
-            raise KvhookError(f"layers would keep {sorted(lengths)} rows; InfiniLM gives all layers one length")
+            raise KvhookError(
+                f"layers would keep {sorted(lengths)} rows; InfiniLM gives all layers one length"
+            )
         return lengths.pop()

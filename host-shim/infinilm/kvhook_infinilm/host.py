@@ -122,7 +122,9 @@ class Host:
         value, _data = text(form)
         self._call("kvhook_configure", self._handle, value[0], source)
 
-    def begin(self, key: str, arm: str, prompt_length: int, segments: Sequence[tuple[int, int]]) -> Began:
+    def begin(
+        self, key: str, arm: str, prompt_length: int, segments: Sequence[tuple[int, int]]
+    ) -> Began:
         """Begins a sequence; `segments` are (start, length) of images."""
         raw = ffi.new(
             "KvhSegment[]",
@@ -242,7 +244,9 @@ class Host:
         status = getattr(self._library, function)(*arguments, error)
         if status != native.KVHOOK_OK:
             message = ffi.unpack(buffer, error.length).decode(errors="replace")
-            raise HostError(function, status, string(self._library.kvhook_status_name(status)), message)
+            raise HostError(
+                function, status, string(self._library.kvhook_status_name(status)), message
+            )
 
     def _text(self, function: str) -> str:
         capacity = 1 << 14
@@ -278,7 +282,10 @@ _LEVELS = {
 @ffi.callback("void(void *, const KvhLogRecord *)")
 def _log(_context, record):
     _logger.log(
-        _LEVELS.get(record.level, logging.INFO), "%s: %s", string(record.target), string(record.message)
+        _LEVELS.get(record.level, logging.INFO),
+        "%s: %s",
+        string(record.target),
+        string(record.message),
     )
 
 

@@ -50,7 +50,9 @@ def running_sum(values: Sequence[int]) -> list[int]:
 def read(tensor, name: str) -> list[int]:
     """Elements of a one-dimensional int32 tensor in ordinary memory."""
     if repr(tensor.dtype) != "infinicore.int32" or tensor.device.type != "cpu":
-        raise KvhookError(f"{name} is of {tensor.dtype!r} on {tensor.device}; expected int32 on the cpu")
+        raise KvhookError(
+            f"{name} is of {tensor.dtype!r} on {tensor.device}; expected int32 on the cpu"
+        )
     return ffi.unpack(ffi.cast("int32_t *", tensor.data_ptr()), tensor.numel())
 
 

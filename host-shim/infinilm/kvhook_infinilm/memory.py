@@ -16,8 +16,17 @@ from .views import RankCache
 class StaticMemory:
     """A static cache: rows move in place, and the room serves the same sequence for longer."""
 
+    any_shorter = False
+
     def __init__(self, scheduler=None):
         self._scheduler = scheduler
+
+    def dropped(self, table) -> int:
+        """By how much the cache of the request with this table is shorter than its position."""
+        return 0
+
+    def forget_finished(self) -> None:
+        """Requests have ended."""
 
     def protected(self, tracked: Tracked, length: int) -> tuple[int, int]:
         """Leading rows that others use, and that are published, once `length` rows are stored."""
@@ -40,8 +49,18 @@ class StaticMemory:
             # The next request must not take compressed rows for this prompt's prefix.
             self._scheduler.cached_block_hashes.clear()
 
-    def committed(self, tracked: Tracked, movement: int, fresh: list[int] | None, kept: Sequence[int], length: int) -> int:
-        """The rows have moved: the table follows. Gives the number of blocks that became free."""
+    def committed(
+        self, tracked: Tracked, movement: int, fresh: list[int] | None, kept: Sequence[int]
+    ) -> int:
+        """The rows have moved, and the sequence has its new length: the table follows.
+
+        Args:
+            movement: `KVHOOK_MOVE_*`.
+            fresh: What `take` gave.
+            kept: Ordinals of the blocks that stay, for an edit of the table.
+
+        Returns the number of blocks that became free.
+        """
         return 0
 
 
@@ -55,7 +74,7 @@ class BatchMemory(StaticMemory):
     def view(self, cache: RankCache, tracked: Tracked, length: int):
         return cache.view(length, tracked.table)
 
-    def committed(self, tracked, movement, fresh, kept, length):
+    def committed(self, tracked, movement, fresh, kept):
         if movement == native.KVHOOK_MOVE_TABLE:
             # The blocks that leave the front are used again behind it.
             stay = set(kept)
@@ -74,6 +93,24 @@ class PagedMemory:
         self._scheduler = scheduler
         self._manager = scheduler.cache_manager
         self._publish = publish
+        self._shorter: dict[int, Tracked] = {}
+
+    @property
+    def any_shorter(self) -> bool:
+        """Whether some request's cache is shorter than its position."""
+        return bool(self._shorter)
+
+    def dropped(self, table: list[int]) -> int:
+        """By how much the cache of the request with this very table is shorter than its position. InfiniLM's block manager
+        is given the table, not the request."""
+        tracked = self._shorter.get(id(table))
+        return tracked.dropped if tracked is not None and tracked.table is table else 0
+
+    def forget_finished(self) -> None:
+        """Requests that have ended need no slots."""
+        for key, tracked in list(self._shorter.items()):
+            if tracked.request.is_finished() or id(tracked.table) != key:
+                del self._shorter[key]
 
     @property
     def _block_size(self) -> int:
@@ -82,10 +119,14 @@ class PagedMemory:
     def protected(self, tracked: Tracked, length: int) -> tuple[int, int]:
         blocks = [self._manager.blocks[block] for block in tracked.table]
         shared = max((i + 1 for i, block in enumerate(blocks) if block.ref_count > 1), default=0)
-        published = max((i + 1 for i, block in enumerate(blocks) if _is_published(block)), default=0)
+        published = max(
+            (i + 1 for i, block in enumerate(blocks) if _is_published(block)), default=0
+        )
         if not tracked.compressed and self._publishes(tracked.request):
             # Full blocks are published before they are read.
-            published = max(published, min(length // self._block_size, len(tracked.request.block_hashes)))
+            published = max(
+                published, min(length // self._block_size, len(tracked.request.block_hashes))
+            )
         return min(shared * self._block_size, length), min(published * self._block_size, length)
 
     def view(self, cache: RankCache, tracked: Tracked, length: int):
@@ -103,20 +144,20 @@ class PagedMemory:
         if not tracked.compressed:
             self._publish(self._scheduler, tracked.request, tracked.position)
 
-    def committed(self, tracked, movement, fresh, kept, length):
+    def committed(self, tracked, movement, fresh, kept):
         before = tracked.table
         if movement == native.KVHOOK_MOVE_FRESH:
-            after, left = fresh[: -(-length // self._block_size)], list(before)
-            self.give_back(fresh[len(after) :])
+            after, left = fresh, list(before)
         elif movement == native.KVHOOK_MOVE_TABLE:
             stay = set(kept)
             after = [before[i] for i in kept]
             left = [block for i, block in enumerate(before) if i not in stay]
         else:
-            count = -(-length // self._block_size)
+            count = -(-tracked.length // self._block_size)
             after, left = before[:count], before[count:]
-        # A new list: InfiniLM finds the request's length by the table's identity.
-        tracked.table = list(after)
+        # A list of its own, by whose identity the length is found.
+        tracked.table = after = list(after)
+        self._shorter[id(after)] = tracked
         self._manager.free_blocks(left)
         freed = sum(self._manager.blocks[block].ref_count == 0 for block in left)
         return freed - (len(after) if movement == native.KVHOOK_MOVE_FRESH else 0)

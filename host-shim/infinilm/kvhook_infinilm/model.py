@@ -90,7 +90,9 @@ def check_served(config: Mapping) -> None:
     model = text_config(config)
     for model_type in {config.get("model_type"), model.get("model_type")}:
         if model_type in _OWN_ATTENTION:
-            raise Refused(f"model type {model_type!r} has an attention of its own, which kvhook does not know")
+            raise Refused(
+                f"model type {model_type!r} has an attention of its own, which kvhook does not know"
+            )
     if "sliding_attention" in (model.get("layer_types") or []):
         raise Refused("the model has sliding-window layers; InfiniLM gives all layers one length")
 
@@ -106,7 +108,9 @@ def _rope(model: Mapping, head_dim: int):
     """Inverse frequencies (or null), base and rotated channels, as in Hugging Face's `modeling_rope_utils`."""
     scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
     base = float(model.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
-    factor = float(model.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)
+    factor = float(
+        model.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
+    )
     rotary_dim = int(head_dim * factor) // 2 * 2
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind in ("default", "mrope"):
@@ -118,14 +122,18 @@ def _rope(model: Mapping, head_dim: int):
         scaled = [_llama3(frequency, scaling) for frequency in plain]
     else:
         # Nothing that this adapter offers depends on it: plugins may not move positions.
-        _logger.info("RoPE scaling %r is not described to plugins; they are told the plain base", kind)
+        _logger.info(
+            "RoPE scaling %r is not described to plugins; they are told the plain base", kind
+        )
         return ffi.NULL, base, rotary_dim
     return ffi.new("float[]", scaled), 0.0, rotary_dim
 
 
 def _llama3(frequency: float, scaling: Mapping) -> float:
     """Llama 3.1's scaling: long waves are stretched, short ones kept, a smooth passage between."""
-    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (
+        float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     turns = float(scaling["original_max_position_embeddings"]) * frequency / (2 * math.pi)
     smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
     return (1 - smooth) * frequency / factor + smooth * frequency

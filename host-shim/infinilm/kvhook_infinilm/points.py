@@ -132,7 +132,12 @@ def _wrap_forward(original):
         if adapter is None or not adapter.active:
             return original(self, input_ids, **kwargs)
         with guard("InferEngine.forward", adapter.abandon_step):
-            kwargs = adapter.before_forward(input_ids, kwargs)
+            adapter.begin_batch_step(input_ids)
+        # Not guarded: with wrong lengths attention would read rows of others.
+        kwargs = adapter.shortened(kwargs)
+        # What fails here is not shown to plugins, and prepared later.
+        with guard("InferEngine.forward"):
+            adapter.before_forward()
         came_back = False
         try:
             output = original(self, input_ids, **kwargs)
@@ -173,6 +178,7 @@ def _wrap_execute_model(original):
         adapter = adapter_of(self)
         if adapter is None or not adapter.active:
             return original(self, scheduler_output)
+        adapter.set_dropped(scheduler_output)
         with guard("ModelRunner.execute_model", adapter.abandon_step):
             adapter.begin_step(scheduler_output)
         output = original(self, scheduler_output)
@@ -208,11 +214,10 @@ def _wrap_add_request(original):
         if adapter is not None:
             # Raised to whoever asks, before anything is queued.
             adapter.check_request(request)
-        result = original(self, request)
         with guard("LLMEngine.add_request"):
             if adapter is not None and adapter.on and adapter.requests is not None:
                 adapter.requests.queued(request)
-        return result
+        return original(self, request)
 
     return add_request
 
@@ -248,10 +253,12 @@ def _wrap_publish(original):
     @functools.wraps(original)
     def commit_computed_tokens(self, request, num_computed_tokens):
         adapter = _adapters.get(self)
-        publishes = True
+        # Where this fails nothing is published: that is always right.
+        publishes = False
         with guard(f"{type(self).__name__}.commit_computed_tokens"):
-            if adapter is not None and adapter.requests is not None:
-                publishes = adapter.requests.publishes(request)
+            publishes = (
+                adapter is None or adapter.requests is None or adapter.requests.publishes(request)
+            )
         return original(self, request, num_computed_tokens) if publishes else None
 
     return commit_computed_tokens
@@ -261,11 +268,10 @@ def _wrap_append_slot(original):
     @functools.wraps(original)
     def append_slot(self, block_table, num_tokens):
         adapter = _adapters.get(self)
-        rows = num_tokens
-        with guard("BlockManager.append_slot"):
-            if adapter is not None and adapter.requests is not None:
-                rows -= adapter.requests.dropped_by_table(block_table)
-        return original(self, block_table, rows)
+        if adapter is not None and adapter.requests is not None:
+            # Not guarded: with a wrong slot a row of others would be written.
+            num_tokens -= adapter.requests.memory.dropped(block_table)
+        return original(self, block_table, num_tokens)
 
     return append_slot
 
@@ -306,13 +312,22 @@ def _wrap_static_schedule(original):
 
 
 POINTS = (
-    Point("infinilm.base_config", "BaseConfig", "_add_common_args", ("self",), _wrap_add_common_args),
+    Point(
+        "infinilm.base_config", "BaseConfig", "_add_common_args", ("self",), _wrap_add_common_args
+    ),
     Point("infinilm.base_config", "BaseConfig", "__init__", ("self",), _wrap_base_config),
     Point(
         "infinilm.infer_engine",
         "InferEngine",
         "__init__",
-        ("self", "model_path", "distributed_config", "cache_config", "enable_graph_compiling", "attention_backend")
+        (
+            "self",
+            "model_path",
+            "distributed_config",
+            "cache_config",
+            "enable_graph_compiling",
+            "attention_backend",
+        )
         + ("kv_cache_dtype", "use_mla"),
         _wrap_infer_engine,
     ),
@@ -320,15 +335,43 @@ POINTS = (
         "infinilm.infer_engine",
         "InferEngine",
         "forward",
-        ("self", "input_ids", "position_ids", "past_kv_lengths", "total_kv_lengths", "cu_seqlens", "block_tables")
+        (
+            "self",
+            "input_ids",
+            "position_ids",
+            "past_kv_lengths",
+            "total_kv_lengths",
+            "cu_seqlens",
+            "block_tables",
+        )
         + ("slot_mapping",),
         _wrap_forward,
     ),
-    Point("infinilm.infer_engine", "InferEngine", "generate", ("self", "input_ids", "generation_config"), _wrap_generate),
-    Point("infinilm.infer_engine", "InferEngine", "reset_cache", ("self", "cache_config"), _wrap_reset_cache),
+    Point(
+        "infinilm.infer_engine",
+        "InferEngine",
+        "generate",
+        ("self", "input_ids", "generation_config"),
+        _wrap_generate,
+    ),
+    Point(
+        "infinilm.infer_engine",
+        "InferEngine",
+        "reset_cache",
+        ("self", "cache_config"),
+        _wrap_reset_cache,
+    ),
     Point("infinilm.infer_engine", "InferEngine", "get_kv_cache", ("self",)),
-    Point("infinilm.infer_engine", "InferEngine", "load_state_dict", ("self", "state_dict", "strict")),
-    Point("infinilm.llm.model_runner.model_runner", "ModelRunner", "__init__", ("self", "config"), _wrap_model_runner),
+    Point(
+        "infinilm.infer_engine", "InferEngine", "load_state_dict", ("self", "state_dict", "strict")
+    ),
+    Point(
+        "infinilm.llm.model_runner.model_runner",
+        "ModelRunner",
+        "__init__",
+        ("self", "config"),
+        _wrap_model_runner,
+    ),
     Point(
         "infinilm.llm.model_runner.model_runner",
         "ModelRunner",
@@ -354,7 +397,13 @@ POINTS = (
         ("self", "request", "num_computed_tokens"),
         _wrap_publish,
     ),
-    Point("infinilm.llm.static_scheduler", "StaticScheduler", "schedule", ("self",), _wrap_static_schedule),
+    Point(
+        "infinilm.llm.static_scheduler",
+        "StaticScheduler",
+        "schedule",
+        ("self",),
+        _wrap_static_schedule,
+    ),
     Point(
         "infinilm.llm.cache_manager",
         "BlockManager",
@@ -369,7 +418,9 @@ POINTS = (
         ("self", "block_hashes", "max_cache_hit_tokens"),
         _wrap_computed_blocks,
     ),
-    Point("infinilm.llm.cache_manager", "BlockManager", "allocate_slots", ("self", "num_new_tokens")),
+    Point(
+        "infinilm.llm.cache_manager", "BlockManager", "allocate_slots", ("self", "num_new_tokens")
+    ),
     Point("infinilm.llm.cache_manager", "BlockManager", "free_blocks", ("self", "block_table")),
     Point("infinilm.llm.request", "InferenceRequest", "get_total_length", ("self",)),
     Point("infinilm.llm.request", "InferenceRequest", "is_finished", ("self",)),
@@ -390,6 +441,13 @@ SERVER_POINTS = (
         "infinilm.server.inference_server",
         "InferenceServer",
         "_chat",
+        ("self", "request_id", "data", "http_request"),
+        server.wrap_chat,
+    ),
+    Point(
+        "infinilm.server.inference_server",
+        "InferenceServer",
+        "_stream_chat",
         ("self", "request_id", "data", "http_request"),
         server.wrap_chat,
     ),
@@ -425,7 +483,9 @@ def attach(plugin=None, config=None, *, folders=(), strict=None) -> None:
             try:
                 _attach(SERVER_POINTS)
             except (AttachError, ImportError) as error:
-                _logger.warning("requests cannot name an arm, and there are no figures over HTTP: %s", error)
+                _logger.warning(
+                    "requests cannot name an arm, and there are no figures over HTTP: %s", error
+                )
 
 
 _attach_lock = threading.Lock()
@@ -463,18 +523,25 @@ def _check(point: Point):
     parameters = inspect.signature(method).parameters
     missing = [name for name in point.parameters if name not in parameters]
     if missing:
-        raise AttachError(f"{point.module}: {point.name} has no parameter {', '.join(missing)}; {advice}")
+        raise AttachError(
+            f"{point.module}: {point.name} has no parameter {', '.join(missing)}; {advice}"
+        )
     return owner
 
 
 def _refusal(config) -> str | None:
     """Why an `EngineConfig` is not served."""
     if getattr(config, "draft_model_path", None):
-        return "speculative decoding takes tokens back by their position (start without --draft-model)"
+        return (
+            "speculative decoding takes tokens back by their position (start without --draft-model)"
+        )
     transfer = getattr(config, "kv_transfer_config", None)
     if transfer is not None and getattr(transfer, "kv_connector", None):
         return "a KV connector moves blocks by their number (start without --kv-transfer-config)"
-    for name, flag in (("async_token_handoff", "--async-token-handoff"), ("enable_chunked_prefill", "--chunked-prefill")):
+    for name, flag in (
+        ("async_token_handoff", "--async-token-handoff"),
+        ("enable_chunked_prefill", "--chunked-prefill"),
+    ):
         if getattr(config, name, None) not in (None, False, "off", "disabled"):
             return f"{flag} keeps steps in flight that kvhook does not see yet (switch it off)"
     return None

@@ -10,7 +10,7 @@ from . import native
 from .errors import KvhookError
 from .memory import PagedMemory, StaticMemory
 from .model import max_positions
-from .segments import SegmentsError, image_segments
+from .segments import SegmentsError, image_bounds, image_segments
 from .sequences import Part, Step, Tracked
 from .server import requested_arm
 
@@ -33,14 +33,8 @@ class Requests:
         self._processor = type(processor).__name__
         paged = hasattr(scheduler, "cache_manager")
         self.memory = PagedMemory(scheduler, publish) if paged else StaticMemory(scheduler)
-        # InfiniLM's block manager is given a request's hashes and its table, not the request.
+        # InfiniLM's block manager is given a request's hashes, not the request.
         self._by_hashes: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self._shorter: dict[int, Tracked] = {}
-
-    @property
-    def any_shorter(self) -> bool:
-        """Whether some request's cache is shorter than its position."""
-        return bool(self._shorter)
 
     def queued(self, request) -> None:
         """A request waits for its first step."""
@@ -68,15 +62,15 @@ class Requests:
         # A request that is too long ends within InfiniLM's call, which goes on to the next one: that has the usual limit.
         return longest if request.get_total_length() <= longest else limit
 
-    def dropped_by_table(self, block_table) -> int:
-        """By how much the cache of the request with this table is shorter than its position."""
-        tracked = self._shorter.get(id(block_table))
-        return tracked.dropped if tracked is not None and tracked.table is block_table else 0
-
     def publishes(self, request) -> bool:
         """Whether blocks of a request may be published."""
         tracked = self._of(request)
         return tracked is None or not tracked.compressed
+
+    def dropped(self, output) -> list[int]:
+        """Rows that each request of a scheduler's output lacks."""
+        tracked = [self._of(request) for request in output.scheduled_requests]
+        return [one.dropped if one is not None else 0 for one in tracked]
 
     def step(self, output) -> Step:
         """The forward of a scheduler's output."""
@@ -94,12 +88,6 @@ class Requests:
             parts.append(Part(tracked, tokens, self._is_live(tracked)))
         return Step(parts, output.is_prefill, self.memory)
 
-    def stepped(self, step: Step) -> None:
-        """The step is over: tables may be new."""
-        for part in step.parts:
-            if part.tracked is not None and part.tracked.dropped and part.tracked.table is not None:
-                self._shorter[id(part.tracked.table)] = part.tracked
-
     def sweep(self) -> None:
         """Ends the sequences whose requests have ended."""
         from infinilm.llm.request import FinishReason, RequestStatus
@@ -108,11 +96,14 @@ class Requests:
             request = tracked.request
             if request is None or not request.is_finished():
                 continue
-            finished = request.status == RequestStatus.FINISHED or request.finish_reason == FinishReason.LENGTH
-            self._adapter.free(tracked, native.KVH_FREE_FINISHED if finished else native.KVH_FREE_CANCELLED)
-        for key, tracked in list(self._shorter.items()):
-            if tracked.request.is_finished() or tracked.table is None or id(tracked.table) != key:
-                del self._shorter[key]
+            finished = (
+                request.status == RequestStatus.FINISHED
+                or request.finish_reason == FinishReason.LENGTH
+            )
+            self._adapter.free(
+                tracked, native.KVH_FREE_FINISHED if finished else native.KVH_FREE_CANCELLED
+            )
+        self.memory.forget_finished()
 
     def _limit(self, request, limit: int) -> int:
         tracked = self._begin(request)
@@ -130,11 +121,19 @@ class Requests:
         prompt = request.get_prompt_length()
         segments: Sequence[tuple[int, int]] = []
         try:
-            segments = image_segments(self._processor, request.get_mm_token_index_mappings(), prompt)
+            bounds = image_bounds(request.processed_inputs)
+            spans = request.get_mm_token_index_mappings()
+            segments = image_segments(self._processor, spans, prompt, bounds)
         except SegmentsError as error:
-            _logger.warning("request %s: plugins are not told where its images are: %s", request.request_id, error)
+            _logger.warning(
+                "request %s: plugins are not told where its images are: %s",
+                request.request_id,
+                error,
+            )
         try:
-            began = self._adapter.host.begin(request.request_id, requested_arm(request), prompt, segments)
+            began = self._adapter.host.begin(
+                request.request_id, requested_arm(request), prompt, segments
+            )
         except KvhookError as error:
             _logger.error("request %s is not compressed: %s", request.request_id, error)
             return None

@@ -55,10 +55,14 @@ class Shim:
             )
             return None
         native.host_library()
-        _checked("kvhook_shim_attach", library.kvhook_shim_attach, str(native.HOST_LIBRARY).encode())
+        _checked(
+            "kvhook_shim_attach", library.kvhook_shim_attach, str(native.HOST_LIBRARY).encode()
+        )
         return Shim(library)
 
-    def begin(self, host: Host, caches: Sequence[RankCache], step: Step, prepares: Prepares | None) -> None:
+    def begin(
+        self, host: Host, caches: Sequence[RankCache], step: Step, prepares: Prepares | None
+    ) -> None:
         """Hands out the descriptors of a forward, if anything is to be shown or prepared.
 
         Raises `KvhookError`.
@@ -85,7 +89,9 @@ class Shim:
         for rank in descriptors.ranks:
             for status in (rank.show_status, rank.prepare_status):
                 if status != native.KVHOOK_OK:
-                    message = ffi.unpack(rank.error.data, rank.error.length).decode(errors="replace")
+                    message = ffi.unpack(rank.error.data, rank.error.length).decode(
+                        errors="replace"
+                    )
                     _logger.error("rank %d: status %d: %s", rank.rank, status, message)
 
     def take(self) -> Prepares | None:
@@ -93,7 +99,9 @@ class Shim:
         descriptors, self._ended = self._ended, None
         if descriptors is None or descriptors.prepares is None:
             return None
-        if all(rank.prepared and rank.prepare_status == native.KVHOOK_OK for rank in descriptors.ranks):
+        if all(
+            rank.prepared and rank.prepare_status == native.KVHOOK_OK for rank in descriptors.ranks
+        ):
             return descriptors.prepares
         descriptors.prepares.drop(descriptors.host)
         return None
@@ -105,7 +113,9 @@ class Shim:
 
     def _reap(self) -> None:
         self._busy = [
-            each for each in self._busy if self._library.kvhook_shim_end(each.ranks, len(each.ranks))
+            each
+            for each in self._busy
+            if self._library.kvhook_shim_end(each.ranks, len(each.ranks))
         ]
 
 

@@ -69,10 +69,14 @@ class RankCache:
         self.device = used[0].device.type
         dtypes = {repr(tensor.dtype).removeprefix("infinicore.") for tensor in used}
         if len(dtypes) != 1 or (name := dtypes.pop()) not in _DTYPES:
-            raise Refused(f"the cache is of {name if len(dtypes) == 0 else sorted(dtypes)}; expected float32, float16 or bfloat16")
+            raise Refused(
+                f"the cache is of {name if len(dtypes) == 0 else sorted(dtypes)}; expected float32, float16 or bfloat16"
+            )
         self.dtype = _DTYPES[name]
         self.row_bytes = sum(
-            2 * layer.kv_heads * layer.head_dim * self.dtype[1] // 8 for layer in self.geometry if layer
+            2 * layer.kv_heads * layer.head_dim * self.dtype[1] // 8
+            for layer in self.geometry
+            if layer
         )
         """Bytes of one token's K and V in all layers."""
         self._template = self._describe()
