@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -235,9 +234,22 @@ class Adapter:
         self.refused = str(error)
 
     def say_figures(self) -> None:
-        """Logs what each arm did."""
-        for name, figures in self.host.figures()["arms"].items():
-            _logger.info("arm %s: %s", name, json.dumps(figures))
+        """Logs what each arm did, a line for each."""
+        for name, arm in self.host.figures()["arms"].items():
+            spent = sum(hook["total_ns"] for hook in arm["hooks"].values()) / 1e6
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(arm["fallbacks"].items()))
+            _logger.info(
+                "arm %s: %d sequences, %d commits, %d of %d entries kept, %.1f MB given back, %.1f ms in hooks; "
+                "kept as they were: %s",
+                name,
+                arm["sequences"],
+                arm["commits"],
+                arm["entries_after"],
+                arm["entries_before"],
+                arm["bytes_freed"] / 1e6,
+                spent,
+                reasons or "none",
+            )
 
     def _compress(
         self, step: Step, due: Sequence[tuple[Tracked, int]], prepared: Prepares | None

@@ -132,16 +132,12 @@ def test_a_script_by_a_relative_path_and_by_a_link(place):
     ],
 )
 def test_exit_codes_and_tracebacks(place, line, code):
-    script = place.write(
-        "s.py", f"import os, sys\ndef inner():\n    raise ValueError('x')\n{line}\n"
-    )
+    script = place.write("s.py", f"import os, sys\ndef inner():\n    raise ValueError('x')\n{line}\n")
     assert same(place, script).returncode == code
 
 
 def test_chained_exceptions_are_shown_as_they_are(place):
-    script = place.write(
-        "s.py", "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise OSError('x') from e\n"
-    )
+    script = place.write("s.py", "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise OSError('x') from e\n")
     assert "direct cause" in same(place, script).stderr
 
 
@@ -198,6 +194,18 @@ def test_strict_ends_before_the_script(place):
     assert ran.returncode == 1
     assert "ran" not in ran.stdout
     assert ran.stderr == "kvhook_infinilm: nothing to attach to\n"
+
+
+def test_an_infinilm_that_the_adapter_does_not_know_runs_without(place):
+    (place.folder / "first/sitecustomize.py").unlink()
+    script = place.write("s.py", "print('ran')")
+    ran = place.launch(script)
+    assert (ran.returncode, ran.stdout) == (0, "ran\n")
+    assert "kvhook is off" in ran.stderr
+    assert "infinilm.base_config" in ran.stderr
+    strict = place.launch(script, "--kv-plugin-strict")
+    assert (strict.returncode, strict.stdout) == (1, "")
+    assert strict.stderr.splitlines()[-1].startswith("kvhook_infinilm: InfiniLM has no module")
 
 
 @pytest.mark.parametrize(
