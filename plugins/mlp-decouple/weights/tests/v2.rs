@@ -170,7 +170,8 @@ fn a_layer_in_the_middle_cannot_be_missing() {
 #[test]
 fn a_cut_is_noticed_wherever_it_is() {
     let whole = file();
-    for length in 0..whole.len() {
+    // Every length at first, then one of each 61: the JSON is read each time.
+    for length in (0..whole.len()).filter(|length| *length < 100 || length % 61 == 0) {
         let error = read(&whole[..length], None).unwrap_err();
         let fits = match length {
             0..9 => matches!(error, WeightsError::NotWeights { .. }),
@@ -193,13 +194,21 @@ fn offsets_beyond_the_file_are_refused_before_they_are_added_up() {
 #[test]
 fn k_of_another_pairing_gives_the_same_rows_in_another_order() {
     let bytes = file();
-    let half_split: Weights = read(&bytes, None).unwrap().decode(true).unwrap();
+    let mut half_split: Weights = read(&bytes, None).unwrap().decode(true).unwrap();
+    // The sample's ramps would hide an exchange of two columns.
+    for layer in &mut half_split.layers {
+        for mlp in [Some(&mut layer.text_k), layer.image_k.as_mut()].into_iter().flatten() {
+            for values in [&mut mlp.w1, &mut mlp.w3, &mut mlp.b3] {
+                values.iter_mut().enumerate().for_each(|(i, w)| *w += (i * i * 31 % 17) as f32);
+            }
+        }
+    }
     let mut interleaved = half_split.clone();
     interleaved.to_pairing(Pairing::Interleaved);
     assert_eq!(interleaved.terms.pairing, Pairing::Interleaved);
     // As GGUF writes a row of four: 0, 2, 1, 3 of the half-split one.
     let reorder = |row: &[f32]| -> Vec<f32> { row.chunks(4).flat_map(|r| [r[0], r[2], r[1], r[3]]).collect() };
-    let x: Vec<f32> = (0..FACTOR * DIM).map(|i| (i * i % 7) as f32 - 3.0).collect();
+    let x: Vec<f32> = (0..FACTOR * DIM).map(|i| (i * i % 7) as f32 - 1.0).collect();
     for (a, b) in half_split.layers.iter().zip(&interleaved.layers) {
         let (image_a, image_b) = (a.image_k.as_ref().unwrap(), b.image_k.as_ref().unwrap());
         for (a, b) in [(&a.text_k, &b.text_k), (image_a, image_b)] {
