@@ -376,7 +376,9 @@ mod tests {
             ("kvhook compare --model m --text t --arm truncate:keep=1", "has no name"),
             ("kvhook compare --model m --text t --arm a=noop --prefix 1", "at least 2"),
             ("kvhook run --model m --prompt-file p --dtype f64", "f32, f16, bf16"),
-            ("kvhook inspect", "PLUGIN.so"),
+            ("kvhook inspect", "<FILE>"),
+            ("kvhook convert in", "<OUT>"),
+            ("kvhook convert in out --to v3", "v1, v2"),
         ] {
             let error = parse(line).map(|_| ()).map_err(|e| e.to_string());
             assert!(error.as_ref().is_err_and(|e| e.contains(reason)), "{line}: {error:?}");

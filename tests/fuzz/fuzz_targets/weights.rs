@@ -77,11 +77,11 @@ fn archive(pickle: &[u8]) -> Vec<u8> {
 
 /// The smallest version 2 file, factor 2, head_dim 2, with any metadata.
 fn with_metadata(text: &str) -> Vec<u8> {
-    let zeros = [0; 16];
+    const ZEROS: [u8; 16] = [0; 16];
     let views = ["text_k", "text_v"].into_iter().flat_map(|role| {
         (0..3).map(move |matrix| {
             let cols = if matrix == 0 { 4 } else { 2 };
-            let view = TensorView::new(Dtype::F16, vec![2, cols], &zeros[..4 * cols]).expect("the size fits");
+            let view = TensorView::new(Dtype::F16, vec![2, cols], &ZEROS[..4 * cols]).expect("the size fits");
             (format!("layers.0.{role}.{matrix}.weight"), view)
         })
     });
