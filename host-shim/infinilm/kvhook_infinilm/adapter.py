@@ -237,7 +237,9 @@ class Adapter:
         """Logs what each arm did, a line for each."""
         for name, arm in self.host.figures()["arms"].items():
             spent = sum(hook["total_ns"] for hook in arm["hooks"].values()) / 1e6
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(arm["fallbacks"].items()))
+            reasons = ", ".join(
+                f"{reason} {count}" for reason, count in sorted(arm["fallbacks"].items())
+            )
             _logger.info(
                 "arm %s: %d sequences, %d commits, %d of %d entries kept, %.1f MB given back, %.1f ms in hooks; "
                 "kept as they were: %s",
@@ -300,7 +302,7 @@ class Adapter:
             RankModel(self.engine.hf_config, rank, ranks, cache)
             for rank, cache in enumerate(self._caches)
         ]
-        host = Host("InfiniLM", models, self._offers(), settings.folders() or [str(native.NATIVE)])
+        host = Host("InfiniLM", models, self._offers(), [*settings.folders(), str(native.NATIVE)])
         try:
             self._configure(host)
         except Exception:

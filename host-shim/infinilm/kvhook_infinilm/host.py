@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import native
-from .errors import HostError
+from .errors import HostError, KvhookError
 from .native import array, ffi, sized, string, text
 
 _logger = logging.getLogger("kvhook")
@@ -102,6 +103,8 @@ class Host:
         )
         out = ffi.new("KvhookHost **")
         self._handle = None
+        # Figures are read by threads that do not drive the engine.
+        self._closing = threading.Lock()
         self._call("kvhook_host_create", config, out)
         self._handle = out[0]
         del name_data
@@ -113,9 +116,10 @@ class Host:
 
     def close(self) -> None:
         """Frees every live sequence and destroys all instances. The host must not be used any more."""
-        if self._handle is not None:
-            self._library.kvhook_host_destroy(self._handle)
-            self._handle = None
+        with self._closing:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            self._library.kvhook_host_destroy(handle)
 
     def configure(self, form: str, source: int) -> None:
         """Replaces all arms by those of a `kv_plugin` form (JSON); `source` is `KVHOOK_SOURCE_*`."""
@@ -254,7 +258,10 @@ class Host:
             buffer = ffi.new("char[]", capacity)
             out = sized("KvhText", data=buffer, capacity=capacity)
             try:
-                self._call(function, self._handle, out)
+                with self._closing:
+                    if self._handle is None:
+                        raise KvhookError("the engine is closed")
+                    self._call(function, self._handle, out)
                 return ffi.unpack(buffer, out.length).decode()
             except HostError as error:
                 if error.status != native.KVHOOK_ERR_BUFFER_TOO_SMALL:

@@ -464,7 +464,7 @@ def attach(plugin=None, config=None, *, folders=(), strict=None) -> None:
         plugin: Name or path of a plugin, a whole `kv_plugin` form as JSON text, or `none`; None: flags, environment and
             the model's config.json decide.
         config: The plugin's config: text, or a dict.
-        folders: Plugin folders, instead of the package's own.
+        folders: Plugin folders, searched before the package's own.
         strict: Raise where an engine cannot be served, instead of going on uncompressed.
 
     Raises `AttachError` (strict), `SettingsError`, `ImportError` where InfiniLM is not installed.
