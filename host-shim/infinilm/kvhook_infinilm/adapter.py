@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 
 from . import native, settings
@@ -40,7 +41,9 @@ class Adapter:
             options: The arguments that it was made with.
             refusal: Why whoever made the engine cannot be served.
         """
-        self.engine = engine
+        # The engine holds the adapter, and what holds an engine keeps its whole cache.
+        self._engine = weakref.ref(engine)
+        weakref.finalize(engine, self.close)
         self.requests: Requests | None = None
         self.refused: str | None = None
         self.host: Host | None = None
@@ -57,6 +60,11 @@ class Adapter:
         self._batch: Batch | None = None
         self._batches = itertools.count()
         self._broken: SplitCommit | None = None
+
+    @property
+    def engine(self):
+        """The `InferEngine`."""
+        return self._engine()
 
     @property
     def depth(self) -> str:
@@ -116,6 +124,7 @@ class Adapter:
     def close(self) -> None:
         """Ends every sequence and the host."""
         host, self.host = self.host, None
+        self._caches = []
         if host is None:
             return
         self.live.clear()
@@ -291,11 +300,12 @@ class Adapter:
         # InfiniLM hands caches out once the ranks have done some work: without any (an engine that has just been made) it
         # waits for ever. Loading nothing is the least of it.
         self.engine.load_state_dict({}, strict=False)
-        self._caches = [RankCache(tensors, kind) for tensors in self.engine.get_kv_cache()]
+        caches = [RankCache(tensors, kind) for tensors in self.engine.get_kv_cache()]
         if self.host is not None and kind == self.kind:
+            self._caches = caches
             return
         self.close()
-        self.kind = kind
+        self.kind, self._caches = kind, caches
         self.shim = Shim.find()
         ranks = len(self._caches)
         models = [

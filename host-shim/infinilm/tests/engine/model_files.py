@@ -57,11 +57,12 @@ def tiny(name: str, folder: Path) -> Path:
     torch.manual_seed(3)
     shape = dict(
         vocab_size=258,
-        hidden_size=128,
+        hidden_size=256,
         intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=4,
-        head_dim=32,
+        # InfiniLM's paged attention takes no smaller heads.
+        head_dim=64,
         max_position_embeddings=1024,
         # So large that no two tokens are about as likely.
         initializer_range=0.2,
@@ -72,7 +73,7 @@ def tiny(name: str, folder: Path) -> Path:
     kinds = {
         "llama": (transformers.LlamaConfig, dict(num_key_value_heads=4)),
         "qwen2": (transformers.Qwen2Config, dict(num_key_value_heads=2)),
-        "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=2, head_dim=64)),
+        "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=2, hidden_size=128)),
     }
     kind, more = kinds[name]
     model = transformers.AutoModelForCausalLM.from_config(kind(**(shape | more)))
