@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import kvhook_infinilm
@@ -20,7 +21,7 @@ PAGED = dict(
     cache_type="paged", num_blocks=600, block_size=16, max_batch_size=8, attn_backend="paged-attn"
 )
 
-KEEPS = {
+_KEEPS = {
     "last128": Keep(budget=132),
     "last32": Keep(budget=36),
     "key_diff": Keep(keep=0.25, importance="key_diff"),
@@ -28,7 +29,6 @@ KEEPS = {
     "every": Keep(budget=132, every=64),
     "every_key_diff": Keep(keep=0.25, importance="key_diff", every=64),
 }
-"""What the reference does for each arm that compresses."""
 
 _CONFIGS = {
     "last128": "budget=132,sinks=4",
@@ -40,6 +40,13 @@ _CONFIGS = {
     "declines": "budget=100000",
 }
 _NEED_SHIM = {"attention"}
+
+
+def keep_of(arm: str, kind: str) -> Keep | None:
+    """What the reference does for an arm, with a cache of this kind."""
+    keep = _KEEPS.get(arm)
+    block_size = PAGED["block_size"] if kind == "paged" else 1
+    return keep and replace(keep, block_size=block_size)
 
 
 def truncate(name: str, config: str) -> dict:

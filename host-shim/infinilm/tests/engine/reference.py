@@ -31,10 +31,14 @@ class Keep:
     recent: int = 32
     window: int = 64
     pool: int = 5
+    block_size: int = 1
+    """Of a paged cache: what frees no whole block is left as it is."""
 
     def rows(self, seen: int, length: int) -> int:
         """Rows that stay of `length`."""
-        return min(length, self.budget or max(1, int(seen * self.keep)))
+        rows = min(length, self.budget or max(1, int(seen * self.keep)))
+        freed = -(-length // self.block_size) - -(-rows // self.block_size)
+        return rows if freed else length
 
 
 @dataclass

@@ -33,7 +33,9 @@ class Server:
         assert status == 200, body
         return json.loads(body)["arms"]
 
-    def chat(self, content: str, arm: str | None, new_tokens: int, stream: bool = False) -> tuple[int, str]:
+    def chat(
+        self, content: str, arm: str | None, new_tokens: int, stream: bool = False
+    ) -> tuple[int, str]:
         """Status and the answer's text, or the error's."""
         with self._connection() as connection:
             response = self._post(connection, content, arm, new_tokens, stream)
@@ -45,9 +47,9 @@ class Server:
         return 200, json.loads(body)["choices"][0]["message"]["content"].strip()
 
     def cancel(self, content: str, arm: str | None, new_tokens: int) -> None:
-        """Asks, reads the first piece of the answer and goes away."""
+        """Asks, waits for the first piece of the answer and goes away."""
         with self._connection() as connection:
-            self._post(connection, content, arm, new_tokens, stream=True).readline()
+            assert self._post(connection, content, arm, new_tokens, stream=True).readline()
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[http.client.HTTPConnection]:
@@ -85,7 +87,16 @@ def serve(model: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = importlib.util.find_spec("infinilm.server.inference_server").origin
-    command = [sys.executable, "-m", "kvhook_infinilm", script, "--device", "cpu", "--model", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "kvhook_infinilm",
+        script,
+        "--device",
+        "cpu",
+        "--model",
+        str(model),
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

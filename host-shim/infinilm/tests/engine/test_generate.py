@@ -6,18 +6,22 @@ from engine import needs  # noqa: F401
 # isort: on
 import json
 
-import kvhook_infinilm
 import pytest
-from engine import engines
-from engine.engines import KEEPS, Comparison
+
+import kvhook_infinilm
 from kvhook_infinilm import adapter_of
+
+from engine import engines
+from engine.engines import Comparison, keep_of
 
 NEW_TOKENS = 24
 TEXT = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and "
     "nothing particular to interest me on shore, I thought I would sail about a little."
 )
-BATCH = [list(text[start : start + 100].encode()) for start, text in ((0, TEXT), (31, TEXT), (62, TEXT))]
+BATCH = [
+    list(text[start : start + 100].encode()) for start, text in ((0, TEXT), (31, TEXT), (62, TEXT))
+]
 
 
 def cache_config(kind: str, batch: int = len(BATCH)):
@@ -69,33 +73,34 @@ def generate(engine, ids, arm: str) -> list[list[int]]:
     return [list(sequence) for sequence in zip(*steps)]
 
 
-def check(engine, tiny_answer, batch, arm) -> None:
+def check(engine, kind, tiny_answer, batch, arm) -> None:
     comparison = Comparison()
     for ids, found in zip(batch, generate(engine, batch, arm)):
-        comparison.add(found, tiny_answer(ids, NEW_TOKENS, KEEPS.get(arm)), arm)
+        comparison.add(found, tiny_answer(ids, NEW_TOKENS, keep_of(arm, kind)), arm)
     comparison.end()
     assert not adapter_of(engine).live
 
 
-def test_a_batch_is_compressed_whole(engine, tiny_answer):
+def test_a_batch_is_compressed_whole(engine, kind, tiny_answer):
     for arm in adapter_of(engine).arms():
         before = engines.figures(engine, arm)["commits"]
-        check(engine, tiny_answer, BATCH, arm)
-        compresses = arm in KEEPS and KEEPS[arm].rows(100, 100) < 100
+        check(engine, kind, tiny_answer, BATCH, arm)
+        keep = keep_of(arm, kind)
+        compresses = keep is not None and keep.rows(100, 100) < 100
         assert engines.figures(engine, arm)["commits"] - before == 3 * compresses
-    check(engine, tiny_answer, BATCH, "none")
+    check(engine, kind, tiny_answer, BATCH, "none")
 
 
 def test_one_sequence(engine, kind, tiny_answer):
     engine.reset_cache(cache_config(kind, 1))
-    check(engine, tiny_answer, BATCH[:1], "last32")
+    check(engine, kind, tiny_answer, BATCH[:1], "last32")
 
 
 def test_caches_are_fetched_again_after_a_reset(engine, kind, tiny_answer):
-    check(engine, tiny_answer, BATCH, "last32")
+    check(engine, kind, tiny_answer, BATCH, "last32")
     engine.reset_cache(cache_config(kind))
-    check(engine, tiny_answer, BATCH, "last32")
-    check(engine, tiny_answer, BATCH, "none")
+    check(engine, kind, tiny_answer, BATCH, "last32")
+    check(engine, kind, tiny_answer, BATCH, "none")
 
 
 def test_an_unknown_arm_is_an_error(engine):

@@ -5,6 +5,7 @@ from engine import needs  # noqa: F401
 
 # isort: on
 import pytest
+
 from engine import engines
 
 NEW_TOKENS = 16

@@ -5,10 +5,13 @@ from engine import needs  # noqa: F401
 
 # isort: on
 import pytest
-from engine import engines
-from engine.engines import KEEPS, Comparison, ask
 
-PROMPT = "Some years ago, never mind how long precisely, having little or no money in my purse. " * 3
+from engine import engines
+from engine.engines import Comparison, ask, keep_of
+
+PROMPT = (
+    "Some years ago, never mind how long precisely, having little or no money in my purse. " * 3
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,10 @@ def tiny_answer(tiny_model):
 
 def test_a_static_cache_serves_longer_outputs(tiny_model, tiny_answer):
     limit, new_tokens = 300, 200
-    arms = [engines.truncate("last32", "budget=36"), engines.truncate("every", "budget=132,every=64")]
+    arms = [
+        engines.truncate("last32", "budget=36"),
+        engines.truncate("every", "budget=132,every=64"),
+    ]
     options = engines.STATIC | {"max_cache_len": limit}
     with engines.open_llm(tiny_model("llama"), arms, **options) as llm:
         (plain,) = ask(llm, [PROMPT], "none", new_tokens)
@@ -31,7 +37,7 @@ def test_a_static_cache_serves_longer_outputs(tiny_model, tiny_answer):
             (output,) = ask(llm, [PROMPT], arm, new_tokens)
             found = output.outputs[0].token_ids
             comparison = Comparison()
-            answer = tiny_answer(list(output.prompt_token_ids), new_tokens, KEEPS[arm])
+            answer = tiny_answer(list(output.prompt_token_ids), new_tokens, keep_of(arm, "static"))
             comparison.add(found, answer, arm)
             comparison.end()
         # The next request has the usual limit.
@@ -67,7 +73,7 @@ def test_decode_graphs_go_on_with_shorter_caches(tiny_model, tiny_answer, depth)
     comparison = Comparison()
     for arm, answers in zip(asked, found):
         for prompt, tokens in zip(prompts, answers):
-            expected = tiny_answer(token_ids(model, prompt), new_tokens, KEEPS.get(arm))
+            expected = tiny_answer(token_ids(model, prompt), new_tokens, keep_of(arm, "paged"))
             comparison.add(tokens, expected, arm)
     comparison.end()
 

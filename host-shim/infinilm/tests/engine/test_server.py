@@ -10,16 +10,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from engine import engines, model_files
 from engine.server import serve
 
 NEW_TOKENS = 10
 IN_FLIGHT = 8
-BLOCKS, BLOCK_SIZE = 100, 16
+BLOCKS, BLOCK_SIZE = 240, 16
 
 FLAGS = {
     "paged": ["--enable-paged-attn", "--attn", "paged-attn", "--num-blocks", str(BLOCKS)]
-    + ["--block-size", str(BLOCK_SIZE), "--max-batch-size", str(IN_FLIGHT)],
+    + ["--block-size", str(BLOCK_SIZE), "--max-batch-size", str(IN_FLIGHT)]
+    # Else requests with the same prompt share blocks, which do not become free then, and an answer depends on who else is
+    # served (test_prefix.py).
+    + ["--disable-prefix-caching"],
     "static": ["--max-cache-len", "2048"],
 }
 REQUESTS = {"paged": 200, "static": 30}
@@ -67,7 +71,9 @@ def test_mixed_requests_are_answered_as_when_alone(server, kind, arms, prompts):
             status, alone[content, arm] = server.chat(content, arm, NEW_TOKENS)
             assert status == 200, alone[content, arm]
     order = random.Random(4)
-    asked = [(order.choice(some), order.choice(choices), order.random()) for _ in range(REQUESTS[kind])]
+    asked = [
+        (order.choice(some), order.choice(choices), order.random()) for _ in range(REQUESTS[kind])
+    ]
 
     def one(index: int):
         content, arm, dice = asked[index]
@@ -92,20 +98,19 @@ def test_mixed_requests_are_answered_as_when_alone(server, kind, arms, prompts):
         begun = len(some) + sum(1 for _, each, _ in asked if each == name)
         assert arm["sequences"] == begun, name
         assert arm["hooks"]["on_free"]["calls"] == begun, name
-        assert arm["commits"] > 0, name
+        # Else what is kept would depend on what else is in flight.
+        assert not arm["fallbacks"].get("no_room"), name
+    assert figures["last32"]["commits"] > 0 and figures["key_diff"]["commits"] > 0
     assert server.get("/health") == (200, json.dumps({"status": "healthy"}, separators=(",", ":")))
 
 
-def test_all_blocks_are_usable_again(server, kind, prompts):
-    """InfiniLM takes a request only when there are blocks for all of it: this one needs nearly all that there are."""
+def test_all_blocks_are_usable_again(server, kind):
+    """InfiniLM begins a request only when there are blocks for the longest answer to it: this needs nearly all."""
     if kind == "static":
         pytest.skip("a static cache has no blocks")
-    words = (prompts[19] + prompts[18]).split()
-    per_token = len(prompts[19].split()) / 1500
-    content = " ".join(words[: int((BLOCKS * BLOCK_SIZE - 100) * per_token)])
-    status, text = server.chat(content, "none", 4)
-    assert status == 200 and text
-    assert server.chat(content, "last32", 4)[0] == 200
+    server.cancel("Tell me a long story.", "none", (BLOCKS - 4) * BLOCK_SIZE)
+    settled(server)
+    assert server.chat("Tell me a story.", "last32", NEW_TOKENS)[0] == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

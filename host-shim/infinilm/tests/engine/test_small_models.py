@@ -5,8 +5,9 @@ from engine import needs  # noqa: F401
 
 # isort: on
 import pytest
+
 from engine import engines
-from engine.engines import KEEPS, Comparison, ask
+from engine.engines import Comparison, ask, keep_of
 
 NEW_TOKENS = 24
 PROMPTS = [
@@ -30,7 +31,7 @@ def test_tokens_are_the_references(name, kind, tiny_model, depth):
             if arm == "attention" and depth == "python":
                 continue
             for output in ask(llm, PROMPTS, arm, NEW_TOKENS):
-                expected = answer(list(output.prompt_token_ids), NEW_TOKENS, KEEPS.get(arm))
+                expected = answer(list(output.prompt_token_ids), NEW_TOKENS, keep_of(arm, kind))
                 comparison.add(output.outputs[0].token_ids, expected, f"{name} {arm}")
         for arm in ("last32", "key_diff"):
             assert engines.figures(llm, arm)["commits"] == 2 + (arm == "key_diff")

@@ -4,12 +4,12 @@
 from engine import needs  # noqa: F401
 
 # isort: on
-import json
-
 import pytest
-from engine import engines
-from engine.engines import KEEPS, Comparison, ask, figures, tokens
+
 from kvhook_infinilm import HostError, Refused, adapter_of
+
+from engine import engines
+from engine.engines import Comparison, ask, figures, keep_of, tokens
 
 NEW_TOKENS = 16
 PLAIN = ["none", "noop", "declines"]
@@ -46,14 +46,15 @@ def test_nothing_changes_where_nothing_is_compressed(kind, llm, arm, prompts, wi
 
 
 @pytest.mark.parametrize("arm", ["last128", "last32", "key_diff", "attention"])
-def test_compressed_tokens_are_the_references(llm, arm, prompts, answers):
+def test_compressed_tokens_are_the_references(kind, llm, arm, prompts, answers):
     if arm not in adapter_of(llm).arms():
         pytest.skip("queries need the C++ shim")
+    keep = keep_of(arm, kind)
     comparison, compressed = Comparison(), 0
     for output in ask(llm, prompts, arm, NEW_TOKENS):
         prompt = list(output.prompt_token_ids)
-        compressed += KEEPS[arm].rows(len(prompt), len(prompt)) < len(prompt)
-        expected = answers(prompt, NEW_TOKENS, KEEPS[arm])
+        compressed += keep.rows(len(prompt), len(prompt)) < len(prompt)
+        expected = answers(prompt, NEW_TOKENS, keep)
         comparison.add(output.outputs[0].token_ids, expected, f"{arm}, {len(prompt)} tokens")
     comparison.end()
     found = figures(llm, arm)
@@ -63,11 +64,11 @@ def test_compressed_tokens_are_the_references(llm, arm, prompts, answers):
 
 
 @pytest.mark.parametrize("arm", ["every", "every_key_diff"])
-def test_long_answers_are_compressed_again_and_again(llm, arm, prompts, answers):
+def test_long_answers_are_compressed_again_and_again(kind, llm, arm, prompts, answers):
     prompt, new_tokens = prompts[14], 200
     before = figures(llm, arm)["commits"]
     (output,) = ask(llm, [prompt], arm, new_tokens)
-    expected = answers(list(output.prompt_token_ids), new_tokens, KEEPS[arm])
+    expected = answers(list(output.prompt_token_ids), new_tokens, keep_of(arm, kind))
     comparison = Comparison()
     comparison.add(output.outputs[0].token_ids, expected, arm)
     comparison.end()
@@ -80,7 +81,7 @@ def test_restarted_positions_are_noticed(static_llm, prompts, answers):
     with pytest.raises(AssertionError, match="the reference's"):
         for output in ask(static_llm, prompts[12:18], "last32", NEW_TOKENS):
             prompt = list(output.prompt_token_ids)
-            wrong = answers(prompt, NEW_TOKENS, KEEPS["last32"], restart_positions=True)
+            wrong = answers(prompt, NEW_TOKENS, keep_of("last32", "static"), restart_positions=True)
             comparison.add(output.outputs[0].token_ids, wrong)
 
 
@@ -97,4 +98,3 @@ def test_an_unknown_arm_is_an_error_that_names_the_arms(llm):
     with pytest.raises(ValueError, match="last128") as error:
         ask(llm, ["Call me"], "last129", 1)
     assert "last129" in str(error.value) and not adapter_of(llm).live
-    assert json.dumps(tokens(llm, ["Call me"], "none", 1))
