@@ -16,10 +16,15 @@ from .views import RankCache
 class StaticMemory:
     """A static cache: rows move in place, and the room serves the same sequence for longer."""
 
-    any_shorter = False
-
     def __init__(self, scheduler=None):
         self._scheduler = scheduler
+        self._shorter: Tracked | None = None
+
+    @property
+    def any_shorter(self) -> bool:
+        """Whether the running request's cache is shorter than its position."""
+        tracked = self._shorter
+        return tracked is not None and tracked.request is self._scheduler.running_request
 
     def dropped(self, table) -> int:
         """By how much the cache of the request with this table is shorter than its position."""
@@ -61,6 +66,8 @@ class StaticMemory:
 
         Returns the number of blocks that became free.
         """
+        if self._scheduler is not None:
+            self._shorter = tracked
         return 0
 
 

@@ -11,7 +11,7 @@ from kvhook_infinilm import HostError, Refused, adapter_of
 from engine import engines
 from engine.engines import Comparison, ask, figures, keep_of, tokens
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 PLAIN = ["none", "noop", "declines"]
 
 

@@ -110,12 +110,19 @@ def test_promised_room(model, answers, arm):
         assert usable(llm) == 19
 
 
-def test_an_answer_does_not_depend_on_who_shares_its_prefix(model, answers):
+def test_blocks_that_others_use_are_no_gain(model, answers):
+    """Compressing one of two that share nearly all their blocks would take fresh ones and free hardly any: it stays. Once
+    the other has ended, the same prompt is compressed."""
     stem = prompt(80)
+    text = stem + "!"
     with open_llm(model(), **PAGED) as llm:
-        plain = add(llm.engine, stem, "none", 100)
+        plain = add(llm.engine, stem, "none", 30)
         llm.engine.step()
-        for arm in SHORTENING:
-            (found,) = ask(llm, stem + "!", arm, NEW_TOKENS)
-            expect(found, answers(model(), stem + "!", NEW_TOKENS, KEEPS[arm], block=BLOCK), arm)
+        (found,) = ask(llm, text, "last32", NEW_TOKENS)
         assert not plain.is_finished()
+        expect(found, answers(model(), text, NEW_TOKENS))
+        assert figures(llm, "last32")["fallbacks"] == {"no_gain": 1}
+        run(llm.engine, [plain])
+        (found,) = ask(llm, text, "last32", NEW_TOKENS)
+        expect(found, answers(model(), text, NEW_TOKENS, KEEPS["last32"], block=BLOCK))
+        assert figures(llm, "last32")["commits"] == 1

@@ -131,8 +131,9 @@ def test_reset_with_live_sequences(model, answers, reached):
         assert len(adapter_of(llm).live) == 1
         request.mark_canceled()
         llm.engine.model_runner.model_engine.reset_cache(StaticKVCacheConfig(1, 1024))
-        assert check_all_freed(llm, reached) == 1
+        assert adapter_of(llm).live == {}
         llm.engine.step()
+        assert check_all_freed(llm, reached) == 1
         (found,) = ask(llm, prompt(90), "last32", NEW_TOKENS)
         expect(found, answers(model(), prompt(90), NEW_TOKENS, KEEPS["last32"]))
         assert check_all_freed(llm, reached) == 2
