@@ -99,10 +99,12 @@ class Reference:
 
     def __init__(self, folder: Path):
         self._queries: dict[int, torch.Tensor] = {}
-        AttentionInterface.register("kvhook_reference", self._attention)
-        AttentionMaskInterface.register("kvhook_reference", eager_mask)
+        # Names are the process's: a second reference has its own.
+        name = f"kvhook_reference_{id(self)}"
+        AttentionInterface.register(name, self._attention)
+        AttentionMaskInterface.register(name, eager_mask)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._model.set_attn_implementation("kvhook_reference")
+        self._model.set_attn_implementation(name)
         self._prompt: tuple | None = None
 
     def answer(
