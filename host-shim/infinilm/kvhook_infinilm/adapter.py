@@ -162,6 +162,10 @@ class Adapter:
         """Rows that each request of the step that comes lacks. Apart from all else, since these lengths must be right."""
         self._dropped = self.requests.dropped(output) if self.requests is not None else []
 
+    def clear_dropped(self) -> None:
+        """The step's forward is over."""
+        self._dropped = []
+
     def begin_batch(self, shape: Sequence[int], new_tokens: int, arm: str) -> None:
         """`InferEngine.generate` begins with prompts `[batch, tokens]`."""
         self._broken = None
@@ -170,7 +174,7 @@ class Adapter:
     def end_batch(self) -> None:
         """`InferEngine.generate` is over."""
         batch, self._batch = self._batch, None
-        self._dropped = []
+        self.clear_dropped()
         if batch is not None:
             batch.end()
 

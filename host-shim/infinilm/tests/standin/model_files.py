@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import byte_tokenizer
+
 CONFIG = dict(
     architectures=["LlamaForCausalLM"],
     model_type="llama",
@@ -37,7 +39,9 @@ def write(folder: Path, **changes) -> Path:
     """Writes config and tokenizer; the weights come from the config's `seed`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    _tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer.make()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -50,18 +54,3 @@ def byte_ids(text: str) -> list[int]:
     """A text's tokens, computed without a tokenizer: the place of each byte's character in the vocabulary."""
     # ASCII's printable characters stand for themselves, in order, before all others.
     return [ord(character) - ord("!") for character in text]
-
-
-def _tokenizer():
-    """A token for each byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    made.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    return made

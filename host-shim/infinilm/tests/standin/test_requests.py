@@ -165,3 +165,16 @@ def test_arms_by_weight(model, answers):
         assert figures["last32"]["sequences"] + figures["noop"]["sequences"] == 16
         assert figures["last32"]["sequences"] == figures["last32"]["commits"] <= kept
         assert figures["noop"]["sequences"] <= plain
+
+
+@pytest.mark.parametrize("cache", ["static", "paged"])
+def test_lengths_of_a_step_are_not_those_of_another_forward(model, cache):
+    """Between steps somebody may call `InferEngine.forward`: a shorter request that runs must not change its lengths."""
+    with open_llm(model(), **CACHES[cache]) as llm:
+        request = add(llm.engine, prompt(90), "last32", NEW_TOKENS)
+        for _ in range(3):
+            llm.engine.step()
+        assert request._kvhook.dropped > 0
+        given = {"past_kv_lengths": None, "total_kv_lengths": None}
+        assert adapter_of(llm).shortened(given) is given
+        run(llm.engine, [request])
