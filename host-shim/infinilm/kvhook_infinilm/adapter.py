@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 
 from . import native, settings
@@ -40,7 +41,9 @@ class Adapter:
             options: The arguments that it was made with.
             refusal: Why whoever made the engine cannot be served.
         """
-        self.engine = engine
+        # The engine holds the adapter, and what holds an engine keeps its whole cache.
+        self._engine = weakref.ref(engine)
+        weakref.finalize(engine, self.close)
         self.requests: Requests | None = None
         self.refused: str | None = None
         self.host: Host | None = None
@@ -57,6 +60,11 @@ class Adapter:
         self._batch: Batch | None = None
         self._batches = itertools.count()
         self._broken: SplitCommit | None = None
+
+    @property
+    def engine(self):
+        """The `InferEngine`."""
+        return self._engine()
 
     @property
     def depth(self) -> str:
@@ -116,6 +124,7 @@ class Adapter:
     def close(self) -> None:
         """Ends every sequence and the host."""
         host, self.host = self.host, None
+        self._caches = []
         if host is None:
             return
         self.live.clear()
@@ -153,6 +162,10 @@ class Adapter:
         """Rows that each request of the step that comes lacks. Apart from all else, since these lengths must be right."""
         self._dropped = self.requests.dropped(output) if self.requests is not None else []
 
+    def clear_dropped(self) -> None:
+        """The step's forward is over."""
+        self._dropped = []
+
     def begin_batch(self, shape: Sequence[int], new_tokens: int, arm: str) -> None:
         """`InferEngine.generate` begins with prompts `[batch, tokens]`."""
         self._broken = None
@@ -161,7 +174,7 @@ class Adapter:
     def end_batch(self) -> None:
         """`InferEngine.generate` is over."""
         batch, self._batch = self._batch, None
-        self._dropped = []
+        self.clear_dropped()
         if batch is not None:
             batch.end()
 
@@ -237,7 +250,9 @@ class Adapter:
         """Logs what each arm did, a line for each."""
         for name, arm in self.host.figures()["arms"].items():
             spent = sum(hook["total_ns"] for hook in arm["hooks"].values()) / 1e6
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(arm["fallbacks"].items()))
+            reasons = ", ".join(
+                f"{reason} {count}" for reason, count in sorted(arm["fallbacks"].items())
+            )
             _logger.info(
                 "arm %s: %d sequences, %d commits, %d of %d entries kept, %.1f MB given back, %.1f ms in hooks; "
                 "kept as they were: %s",
@@ -289,18 +304,19 @@ class Adapter:
         # InfiniLM hands caches out once the ranks have done some work: without any (an engine that has just been made) it
         # waits for ever. Loading nothing is the least of it.
         self.engine.load_state_dict({}, strict=False)
-        self._caches = [RankCache(tensors, kind) for tensors in self.engine.get_kv_cache()]
+        caches = [RankCache(tensors, kind) for tensors in self.engine.get_kv_cache()]
         if self.host is not None and kind == self.kind:
+            self._caches = caches
             return
         self.close()
-        self.kind = kind
+        self.kind, self._caches = kind, caches
         self.shim = Shim.find()
         ranks = len(self._caches)
         models = [
             RankModel(self.engine.hf_config, rank, ranks, cache)
             for rank, cache in enumerate(self._caches)
         ]
-        host = Host("InfiniLM", models, self._offers(), settings.folders() or [str(native.NATIVE)])
+        host = Host("InfiniLM", models, self._offers(), [*settings.folders(), str(native.NATIVE)])
         try:
             self._configure(host)
         except Exception:

@@ -7,7 +7,7 @@ run on the ranks' own threads by then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from . import native
 from .errors import HostError, KvhookError
@@ -68,15 +68,20 @@ class Prepares:
 
     def drop(self, host: Host) -> None:
         """Gives up every ticket that a rank has opened."""
-        for ticket in {prepare.ticket for prepares in self.ranks for prepare in prepares} - {0}:
-            if host.verdict(ticket).verdict != native.KVHOOK_VERDICT_DROPPED:
-                host.drop(ticket, native.KVH_REASON_OTHER)
+        give_up(host, {prepare.ticket for prepares in self.ranks for prepare in prepares})
 
     def ticket(self, tracked: Tracked) -> int:
         """The ticket on which all ranks agree; 0: the sequence is kept."""
         place = next(i for i, each in enumerate(self.sequences) if each is tracked)
         tickets = [prepares[place].ticket for prepares in self.ranks]
         return tickets[0] if all(tickets) else 0
+
+
+def give_up(host: Host, tickets: Iterable[int]) -> None:
+    """Drops those of the tickets that are open; 0 is none."""
+    for ticket in tickets:
+        if ticket and host.verdict(ticket).verdict != native.KVHOOK_VERDICT_DROPPED:
+            host.drop(ticket, native.KVH_REASON_OTHER)
 
 
 class Compression:
@@ -112,7 +117,7 @@ class Compression:
         verdicts = [self._host.verdict(ticket) for ticket in tickets.values() if ticket]
         ready = [verdict for verdict in verdicts if verdict.verdict == native.KVHOOK_VERDICT_READY]
         if len(ready) < len(due) or any(verdict.counts != ready[0].counts for verdict in ready):
-            self._drop(tickets.values())
+            give_up(self._host, tickets.values())
             return False
         for done, (tracked, _) in enumerate(due):
             try:
@@ -120,7 +125,7 @@ class Compression:
             except Exception as error:
                 if done:
                     raise SplitCommit([tracked for tracked, _ in due], error) from error
-                self._drop(list(tickets.values())[1:])
+                give_up(self._host, list(tickets.values())[1:])
                 raise
         return True
 
@@ -135,12 +140,6 @@ class Compression:
         prepares = Prepares(self._caches, memory, [(tracked, event, 0) for tracked, event in due])
         prepares.run(self._host)
         return prepares
-
-    def _drop(self, tickets) -> None:
-        """Gives up what is still open of these."""
-        for ticket in tickets:
-            if ticket and self._host.verdict(ticket).verdict == native.KVHOOK_VERDICT_READY:
-                self._host.drop(ticket, native.KVH_REASON_OTHER)
 
     def _settle(self, memory, tracked: Tracked, ticket: int) -> bool:
         verdict = self._host.verdict(ticket)

@@ -7,6 +7,10 @@ class KvhookError(Exception):
     """Base of the adapter's errors."""
 
 
+class PackageError(KvhookError):
+    """The package's own libraries or headers cannot be used."""
+
+
 class AttachError(KvhookError):
     """InfiniLM is not as the adapter expects it; the message names what was not found."""
 

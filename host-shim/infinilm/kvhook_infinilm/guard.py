@@ -1,6 +1,6 @@
 """Keeps the adapter's failures out of InfiniLM: an exception that left `LLMEngine.step` would end the server's loop.
 
-Each place of attachment runs its part inside a `Guard`. What fails is logged with the place's name and counted, and
+Each place of attachment runs its part inside a `guard`. What fails is logged with the place's name and counted, and
 the engine goes on.
 """
 
@@ -14,8 +14,6 @@ from collections import Counter
 from . import settings
 
 _logger = logging.getLogger("kvhook")
-
-_provoked: dict[str, BaseException] = {}
 
 failures: Counter = Counter()
 """Failures so far, by place."""
@@ -33,8 +31,6 @@ def guard(place: str, on_failure=None, strict: bool = False):
         strict: At start, where an operator may have asked that what cannot be served is raised.
     """
     try:
-        if place in _provoked:
-            raise _provoked[place]
         yield
     except Exception as error:
         if strict and settings.strict():
@@ -47,13 +43,3 @@ def guard(place: str, on_failure=None, strict: bool = False):
                 on_failure(error)
             except Exception:
                 _logger.exception("%s: what was begun could not be undone", place)
-
-
-@contextlib.contextmanager
-def inject(place: str, error: Exception):
-    """Provokes a failure at a place of attachment, for tests."""
-    _provoked[place] = error
-    try:
-        yield
-    finally:
-        del _provoked[place]

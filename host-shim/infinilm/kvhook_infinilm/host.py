@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import native
-from .errors import HostError
+from .errors import HostError, KvhookError
 from .native import array, ffi, sized, string, text
 
 _logger = logging.getLogger("kvhook")
@@ -42,8 +43,6 @@ class Candidate:
     next_position: int
     shared_rows: int = 0
     published_rows: int = 0
-    views: list = field(default_factory=list)
-    """For each rank the `KvhLayer` array of the sequence, a `views.Layers`."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,12 @@ class Host:
             offers: A `KvhOffers *`.
             folders: Plugin folders, in order.
 
-        Raises `HostError`, `native.NativeError`.
+        Raises `HostError`, `PackageError`.
         """
         self._library = native.host_library()
         self._layers = models[0].layers
         self._callbacks = sized("KvhookCallbacks", log=_log, log_max_level=_log_max_level)
-        name, name_data = text(engine)
+        name, _name = text(engine)
         raw_models = ffi.new("KvhModel[]", [model.raw[0] for model in models])
         kept = [text(folder) for folder in folders]
         raw_folders = ffi.new("KvhStr[]", [folder[0][0] for folder in kept])
@@ -102,9 +101,10 @@ class Host:
         )
         out = ffi.new("KvhookHost **")
         self._handle = None
+        # Figures are read by threads that do not drive the engine.
+        self._closing = threading.Lock()
         self._call("kvhook_host_create", config, out)
         self._handle = out[0]
-        del name_data
 
     @property
     def handle(self):
@@ -113,9 +113,10 @@ class Host:
 
     def close(self) -> None:
         """Frees every live sequence and destroys all instances. The host must not be used any more."""
-        if self._handle is not None:
-            self._library.kvhook_host_destroy(self._handle)
-            self._handle = None
+        with self._closing:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            self._library.kvhook_host_destroy(handle)
 
     def configure(self, form: str, source: int) -> None:
         """Replaces all arms by those of a `kv_plugin` form (JSON); `source` is `KVHOOK_SOURCE_*`."""
@@ -239,14 +240,7 @@ class Host:
         return string(self._library.kvhook_reason_name(reason))
 
     def _call(self, function: str, *arguments) -> None:
-        buffer = ffi.new("char[]", _MESSAGE_BYTES)
-        error = sized("KvhText", data=buffer, capacity=_MESSAGE_BYTES)
-        status = getattr(self._library, function)(*arguments, error)
-        if status != native.KVHOOK_OK:
-            message = ffi.unpack(buffer, error.length).decode(errors="replace")
-            raise HostError(
-                function, status, string(self._library.kvhook_status_name(status)), message
-            )
+        checked(function, getattr(self._library, function), *arguments)
 
     def _text(self, function: str) -> str:
         capacity = 1 << 14
@@ -254,13 +248,30 @@ class Host:
             buffer = ffi.new("char[]", capacity)
             out = sized("KvhText", data=buffer, capacity=capacity)
             try:
-                self._call(function, self._handle, out)
+                with self._closing:
+                    if self._handle is None:
+                        raise KvhookError("the engine is closed")
+                    self._call(function, self._handle, out)
                 return ffi.unpack(buffer, out.length).decode()
             except HostError as error:
                 if error.status != native.KVHOOK_ERR_BUFFER_TOO_SMALL:
                     raise
                 # The figures may have grown by the next call.
                 capacity = out.length + 1024
+
+
+def checked(name: str, function, *arguments) -> None:
+    """Calls a C function that takes an error buffer last and answers a status.
+
+    Raises `HostError` with the buffer's text for any status but OK.
+    """
+    buffer = ffi.new("char[]", _MESSAGE_BYTES)
+    error = sized("KvhText", data=buffer, capacity=_MESSAGE_BYTES)
+    status = function(*arguments, error)
+    if status != native.KVHOOK_OK:
+        word = string(native.host_library().kvhook_status_name(status))
+        message = ffi.unpack(buffer, error.length).decode(errors="replace")
+        raise HostError(name, status, word, message)
 
 
 def version() -> str:

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import KvhookError
+from .package import NATIVE, PACKAGE, read
 
 SHIM_FILE = "csrc/kvhook_shim.cpp"
 """Where our file goes, below the checkout."""
 
-_PACKAGE = Path(__file__).resolve().parent
 _HEADERS = {
     "kvhook.h": "hook-abi/include",
     "kvhook_host.h": "host-shim/host/include",
@@ -67,7 +67,7 @@ def check(checkout: Path) -> list[str]:
 def shim_source() -> str:
     """The text of `csrc/kvhook_shim.cpp`: the shim with all of our headers in it.
 
-    Raises `InsertError` when the package is not complete.
+    Raises `PackageError` when the package is not complete.
     """
     seen: set[str] = set()
 
@@ -80,10 +80,10 @@ def shim_source() -> str:
             return resolved(own_file(name))
 
         names = "|".join(map(re.escape, [*_HEADERS, "kvhook_shim.h"]))
-        text = _text(path).replace("\r\n", "\n")
+        text = read(path).replace("\r\n", "\n")
         return re.sub(rf'^#include "({names})"\n', include, text, flags=re.MULTILINE)
 
-    body = resolved(_PACKAGE / "csrc" / "kvhook_shim.cpp")
+    body = resolved(PACKAGE / "csrc" / "kvhook_shim.cpp")
     return f"{_NOTICE}{_DIGEST}{_digest(body)}\n{body}"
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return _run(arguments.checkout, arguments.check, arguments.remove)
-    except InsertError as error:
+    except KvhookError as error:
         print(f"kvhook-infinilm: {error}", file=sys.stderr)
         return 1
 
@@ -333,21 +333,11 @@ def _code(text: str) -> str:
 def own_file(name: str) -> Path:
     """One of our headers: of the installed package, or of the repository that it lies in."""
     if name not in _HEADERS:
-        return _PACKAGE / "csrc" / name
-    installed = _PACKAGE / "native" / "include" / name
-    if installed.is_file() or len(_PACKAGE.parents) < 3:
+        return PACKAGE / "csrc" / name
+    installed = NATIVE / "include" / name
+    if installed.is_file() or len(PACKAGE.parents) < 3:
         return installed
-    return _PACKAGE.parents[2] / _HEADERS[name] / name
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InsertError(
-            f"{path} cannot be read ({error.strerror}); the package is not complete: "
-            "install it again with `pip install ./host-shim/infinilm`"
-        ) from error
+    return PACKAGE.parents[2] / _HEADERS[name] / name
 
 
 def _digest(body: str) -> str:

@@ -16,10 +16,15 @@ from .views import RankCache
 class StaticMemory:
     """A static cache: rows move in place, and the room serves the same sequence for longer."""
 
-    any_shorter = False
-
     def __init__(self, scheduler=None):
         self._scheduler = scheduler
+        self._shorter: Tracked | None = None
+
+    @property
+    def any_shorter(self) -> bool:
+        """Whether the running request's cache is shorter than its position."""
+        tracked = self._shorter
+        return tracked is not None and tracked.request is self._scheduler.running_request
 
     def dropped(self, table) -> int:
         """By how much the cache of the request with this table is shorter than its position."""
@@ -61,6 +66,8 @@ class StaticMemory:
 
         Returns the number of blocks that became free.
         """
+        if self._scheduler is not None:
+            self._shorter = tracked
         return 0
 
 
@@ -90,9 +97,12 @@ class PagedMemory:
 
     def __init__(self, scheduler, publish):
         """Args: publish: `Scheduler.commit_computed_tokens` as InfiniLM has it."""
+        from infinilm.llm.prefix_cache import EMPTY_BLOCK_HASH
+
         self._scheduler = scheduler
         self._manager = scheduler.cache_manager
         self._publish = publish
+        self._no_hash = EMPTY_BLOCK_HASH
         self._shorter: dict[int, Tracked] = {}
 
     @property
@@ -120,7 +130,7 @@ class PagedMemory:
         blocks = [self._manager.blocks[block] for block in tracked.table]
         shared = max((i + 1 for i, block in enumerate(blocks) if block.ref_count > 1), default=0)
         published = max(
-            (i + 1 for i, block in enumerate(blocks) if _is_published(block)), default=0
+            (i + 1 for i, block in enumerate(blocks) if block.hash != self._no_hash), default=0
         )
         if not tracked.compressed and self._publishes(tracked.request):
             # Full blocks are published before they are read.
@@ -164,9 +174,3 @@ class PagedMemory:
 
     def _publishes(self, request) -> bool:
         return self._scheduler.enable_prefix_caching and not self._scheduler.has_mamba_cache
-
-
-def _is_published(block) -> bool:
-    from infinilm.llm.prefix_cache import EMPTY_BLOCK_HASH
-
-    return block.hash != EMPTY_BLOCK_HASH

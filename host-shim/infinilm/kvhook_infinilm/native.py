@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 
 import cffi
 
-NATIVE = Path(__file__).resolve().parent / "native"
-"""Folder of the libraries and headers that the package was built with."""
+from .errors import PackageError
+from .package import NATIVE, PACKAGE, read
 
 HOST_LIBRARY = NATIVE / "libkvhook_host.so"
 """The host."""
@@ -18,22 +17,8 @@ _HEADERS = ("kvhook.h", "kvhook_host.h")
 _INTEGER = re.compile(r"#define (KVH(?:OOK)?_\w+) \(?(-?\d+)(?: << (\d+))?\)?$", re.MULTILINE)
 
 
-class NativeError(Exception):
-    """The package's own libraries or headers cannot be used."""
-
-
 ffi = cffi.FFI()
 """Knows every struct and function of the host's C API, and those of the shim."""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise NativeError(
-            f"{path} cannot be read ({error.strerror}); the package is not complete: "
-            "install it again with `pip install ./host-shim/infinilm`"
-        ) from error
 
 
 def _declarations(text: str) -> str:
@@ -49,7 +34,7 @@ def _declarations(text: str) -> str:
 def _constants() -> dict[str, int]:
     found = {}
     for header in _HEADERS:
-        for name, value, shift in _INTEGER.findall(_read(NATIVE / "include" / header)):
+        for name, value, shift in _INTEGER.findall(read(NATIVE / "include" / header)):
             found[name] = int(value) << int(shift or 0)
     return found
 
@@ -66,24 +51,24 @@ def __getattr__(name: str) -> int:
 def declare() -> None:
     """Reads the headers, once.
 
-    Raises `NativeError` for one that is missing.
+    Raises `PackageError` for one that is missing.
     """
     for header in _HEADERS:
-        ffi.cdef(_declarations(_read(NATIVE / "include" / header)))
-    ffi.cdef(_declarations(_read(Path(__file__).resolve().parent / "csrc" / "kvhook_shim.h")))
+        ffi.cdef(_declarations(read(NATIVE / "include" / header)))
+    ffi.cdef(_declarations(read(PACKAGE / "csrc" / "kvhook_shim.h")))
 
 
 @cache
 def host_library():
     """The host's functions. The library stays loaded for the life of the process.
 
-    Raises `NativeError`.
+    Raises `PackageError`.
     """
     declare()
     try:
         return ffi.dlopen(str(HOST_LIBRARY), ffi.RTLD_NOW)
     except OSError as error:
-        raise NativeError(
+        raise PackageError(
             f"{HOST_LIBRARY} cannot be loaded: {error}; install the package again with "
             "`pip install ./host-shim/infinilm`"
         ) from error

@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import logging
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,8 +47,10 @@ class Point:
 _refusals = threading.local()
 """Why the `InferEngine` that is being made on this thread is not served."""
 
-_adapters: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Adapters of schedulers and block managers."""
+
+def _requests_of(scheduler) -> Requests | None:
+    """The requests of a scheduler or a block manager, once an engine that is served drives it."""
+    return getattr(scheduler, "_kvhook_requests", None)
 
 
 def adapter_of(thing) -> Adapter | None:
@@ -181,7 +182,11 @@ def _wrap_execute_model(original):
         adapter.set_dropped(scheduler_output)
         with guard("ModelRunner.execute_model", adapter.abandon_step):
             adapter.begin_step(scheduler_output)
-        output = original(self, scheduler_output)
+        try:
+            output = original(self, scheduler_output)
+        finally:
+            # They are this step's: another forward has its own.
+            adapter.clear_dropped()
         with guard("ModelRunner.execute_model", adapter.abandon_step):
             adapter.end_step()
         return output
@@ -199,10 +204,10 @@ def _wrap_llm_engine(original):
         with guard("LLMEngine.__init__", adapter.abandon):
             publish = type(self.scheduler).commit_computed_tokens
             publish = getattr(publish, "__wrapped__", publish)
-            adapter.requests = Requests(adapter, self.scheduler, publish, self.processor)
-            _adapters[self.scheduler] = adapter
+            requests = Requests(adapter, self.scheduler, publish, self.processor)
+            adapter.requests = self.scheduler._kvhook_requests = requests
             if hasattr(self.scheduler, "cache_manager"):
-                _adapters[self.scheduler.cache_manager] = adapter
+                self.scheduler.cache_manager._kvhook_requests = requests
 
     return __init__
 
@@ -252,13 +257,11 @@ def _wrap_close(original):
 def _wrap_publish(original):
     @functools.wraps(original)
     def commit_computed_tokens(self, request, num_computed_tokens):
-        adapter = _adapters.get(self)
+        requests = _requests_of(self)
         # Where this fails nothing is published: that is always right.
         publishes = False
         with guard(f"{type(self).__name__}.commit_computed_tokens"):
-            publishes = (
-                adapter is None or adapter.requests is None or adapter.requests.publishes(request)
-            )
+            publishes = requests is None or requests.publishes(request)
         return original(self, request, num_computed_tokens) if publishes else None
 
     return commit_computed_tokens
@@ -267,10 +270,10 @@ def _wrap_publish(original):
 def _wrap_append_slot(original):
     @functools.wraps(original)
     def append_slot(self, block_table, num_tokens):
-        adapter = _adapters.get(self)
-        if adapter is not None and adapter.requests is not None:
+        requests = _requests_of(self)
+        if requests is not None:
             # Not guarded: with a wrong slot a row of others would be written.
-            num_tokens -= adapter.requests.memory.dropped(block_table)
+            num_tokens -= requests.memory.dropped(block_table)
         return original(self, block_table, num_tokens)
 
     return append_slot
@@ -279,11 +282,11 @@ def _wrap_append_slot(original):
 def _wrap_computed_blocks(original):
     @functools.wraps(original)
     def get_computed_blocks(self, block_hashes, max_cache_hit_tokens):
-        adapter = _adapters.get(self)
+        requests = _requests_of(self)
         limit = max_cache_hit_tokens
         with guard("BlockManager.get_computed_blocks"):
-            if adapter is not None and adapter.on and adapter.requests is not None:
-                limit = adapter.requests.prefix_limit(block_hashes, limit)
+            if requests is not None:
+                limit = requests.prefix_limit(block_hashes, limit)
         return original(self, block_hashes, limit)
 
     return get_computed_blocks
@@ -292,12 +295,12 @@ def _wrap_computed_blocks(original):
 def _wrap_static_schedule(original):
     @functools.wraps(original)
     def schedule(self):
-        adapter = _adapters.get(self)
-        if adapter is None or not adapter.active or adapter.requests is None:
+        requests = _requests_of(self)
+        if requests is None:
             return original(self)
         limit = self.max_cache_len
         with guard("StaticScheduler.schedule"):
-            self.max_cache_len = adapter.requests.static_limit(self.running_request, limit)
+            self.max_cache_len = requests.static_limit(self.running_request, limit)
         try:
             output = original(self)
         finally:
@@ -305,7 +308,7 @@ def _wrap_static_schedule(original):
         with guard("StaticScheduler.schedule"):
             if output is not None and output.is_prefill:
                 request = output.scheduled_requests[0]
-                output.prefix_hit_len = adapter.requests.static_hit(request, output.prefix_hit_len)
+                output.prefix_hit_len = requests.static_hit(request, output.prefix_hit_len)
         return output
 
     return schedule
@@ -327,8 +330,9 @@ POINTS = (
             "cache_config",
             "enable_graph_compiling",
             "attention_backend",
-        )
-        + ("kv_cache_dtype", "use_mla"),
+            "kv_cache_dtype",
+            "use_mla",
+        ),
         _wrap_infer_engine,
     ),
     Point(
@@ -343,8 +347,8 @@ POINTS = (
             "total_kv_lengths",
             "cu_seqlens",
             "block_tables",
-        )
-        + ("slot_mapping",),
+            "slot_mapping",
+        ),
         _wrap_forward,
     ),
     Point(
@@ -464,7 +468,7 @@ def attach(plugin=None, config=None, *, folders=(), strict=None) -> None:
         plugin: Name or path of a plugin, a whole `kv_plugin` form as JSON text, or `none`; None: flags, environment and
             the model's config.json decide.
         config: The plugin's config: text, or a dict.
-        folders: Plugin folders, instead of the package's own.
+        folders: Plugin folders, searched before the package's own.
         strict: Raise where an engine cannot be served, instead of going on uncompressed.
 
     Raises `AttachError` (strict), `SettingsError`, `ImportError` where InfiniLM is not installed.

@@ -106,7 +106,7 @@ class Requests:
         self.memory.forget_finished()
 
     def _limit(self, request, limit: int) -> int:
-        tracked = self._begin(request)
+        tracked = self._begin(request) if self._adapter.on else None
         return limit if tracked is None else min(limit, tracked.wants.max_prefix_hit)
 
     def _begin(self, request) -> Tracked | None:

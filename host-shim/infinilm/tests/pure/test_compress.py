@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pure.numpy_cache import cache, models, offers
 
 from kvhook_infinilm import native
 from kvhook_infinilm.compress import Compression
@@ -13,6 +12,8 @@ from kvhook_infinilm.host import Host
 from kvhook_infinilm.memory import BatchMemory, StaticMemory
 from kvhook_infinilm.sequences import Tracked
 from kvhook_infinilm.views import CacheKind
+
+from pure.numpy_cache import cache, models, offers
 
 PREFILL = native.KVHOOK_EVENT_PREFILL_DONE
 

@@ -288,9 +288,9 @@ def test_a_file_of_our_name_that_is_not_ours_is_kept(tree: Path) -> None:
 
 def test_a_shim_of_another_version_is_replaced(tree: Path, monkeypatch) -> None:
     current = shim_source()
-    read = inserter._text
+    read = inserter.read
     with monkeypatch.context() as older:
-        older.setattr(inserter, "_text", lambda path: read(path) + "// older\n")
+        older.setattr(inserter, "read", lambda path: read(path) + "// older\n")
         insert(tree)
     assert (tree / SHIM).read_text() != current
     assert check(tree) == [SHIM]

@@ -132,12 +132,16 @@ def test_a_script_by_a_relative_path_and_by_a_link(place):
     ],
 )
 def test_exit_codes_and_tracebacks(place, line, code):
-    script = place.write("s.py", f"import os, sys\ndef inner():\n    raise ValueError('x')\n{line}\n")
+    script = place.write(
+        "s.py", f"import os, sys\ndef inner():\n    raise ValueError('x')\n{line}\n"
+    )
     assert same(place, script).returncode == code
 
 
 def test_chained_exceptions_are_shown_as_they_are(place):
-    script = place.write("s.py", "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise OSError('x') from e\n")
+    script = place.write(
+        "s.py", "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise OSError('x') from e\n"
+    )
     assert "direct cause" in same(place, script).stderr
 
 

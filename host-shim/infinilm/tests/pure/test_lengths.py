@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pure.numpy_cache import Tensor
 
 from kvhook_infinilm.errors import KvhookError
 from kvhook_infinilm.lengths import shorten
+
+from pure.numpy_cache import Tensor
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from pure.numpy_cache import CONFIG, Tensor, cache
 
 from kvhook_infinilm import native
 from kvhook_infinilm.errors import Refused
 from kvhook_infinilm.model import RankModel, check_served
 from kvhook_infinilm.native import ffi
 from kvhook_infinilm.views import CacheKind, RankCache
+
+from pure.numpy_cache import CONFIG, Tensor, cache
 
 KINDS = {
     "static": CacheKind(False),
