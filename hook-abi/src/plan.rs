@@ -3,6 +3,8 @@
 use core::ffi::c_void;
 
 use kvhook_kernels::Rows;
+#[cfg(feature = "cuda")]
+use kvhook_kernels::cuda::{self, DeviceSlice};
 
 use crate::boundary::{self, Growing, Slots, Structs};
 use crate::call::{Call, Element, Memory};
@@ -118,7 +120,7 @@ impl<'a> Plan<'a> {
     /// Keeps some rows of `layer`, the same for all heads, as ascending ranges.
     ///
     /// # Errors
-    /// [`PluginError::Internal`] when the ranges are not ascending inside the layer; what the host's memory answers.
+    /// [`PluginError::Internal`] when the ranges are not ascending inside the layer.
     pub fn select_ranges(&mut self, layer: usize, ranges: &[KvhRange]) -> Result<(), PluginError> {
         let length = self.layer(layer)?.length() as u64;
         let mut end = 0;
@@ -134,12 +136,11 @@ impl<'a> Plan<'a> {
             end = stop;
             count += range.length;
         }
-        // Ranges stand in host memory whatever the device, so ticket memory does only on the CPU.
-        let lent = self.lend_copy(ranges)?;
+        let kept = self.call.keep_ranges(ranges);
         self.change_layer(layer, |plan| {
             plan.count = count as u32;
             plan.range_count = ranges.len() as u32;
-            plan.ranges = lent.as_ptr();
+            plan.ranges = kept;
         })?;
         self.set_kind(KVH_PLAN_SELECT)
     }
@@ -212,14 +213,23 @@ impl<'a> Plan<'a> {
     pub fn rewrite(&mut self, layer: usize, count: usize, shared: bool) -> Result<&'a mut [u32], PluginError> {
         let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
         let lent = self.ticket(heads * count)?;
-        let positions = lent.as_ptr();
+        self.set_positions(layer, count, if shared { 0 } else { count }, lent.as_ptr())?;
+        Ok(lent)
+    }
+
+    fn set_positions(
+        &mut self,
+        layer: usize,
+        count: usize,
+        stride_head: usize,
+        positions: *const u32,
+    ) -> Result<(), PluginError> {
         self.change_layer(layer, |plan| {
             plan.count = count as u32;
             plan.positions = positions;
-            plan.position_stride_head = if shared { 0 } else { count as i64 };
+            plan.position_stride_head = stride_head as i64;
         })?;
-        self.set_kind(KVH_PLAN_REWRITE)?;
-        Ok(lent)
+        self.set_kind(KVH_PLAN_REWRITE)
     }
 
     /// Says that the keys were rotated for new positions and which the next token gets.
@@ -303,6 +313,61 @@ fn change_at<T: Growing>(at: *mut T, name: &str, change: impl FnOnce(&mut T)) ->
 
 /// Rows that the host lent for one layer of a rewrite. They are the plugin's alone until the plan is committed.
 pub struct LentLayer<'a>(LayerView<'a>);
+
+#[cfg(feature = "cuda")]
+impl Plan<'_> {
+    /// As [`Self::select`], on a CUDA device: gives the memory `[kv_heads, count]` (`shared`: `[count]`) for the indices,
+    /// which work enqueued during the call fills.
+    ///
+    /// # Errors
+    /// What the host's memory answers.
+    pub fn select_on_device(
+        &mut self,
+        layer: usize,
+        count: usize,
+        shared: bool,
+    ) -> Result<DeviceSlice<u32>, PluginError> {
+        let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
+        let lent = self.call.device_memory(Memory::Ticket(self.index), heads * count)?;
+        self.set_indices(layer, count, if shared { 0 } else { count }, lent.address() as *const u32)?;
+        Ok(lent)
+    }
+
+    /// As [`Self::rewrite`], on a CUDA device: work enqueued during the call fills the positions.
+    ///
+    /// # Errors
+    /// What the host's memory answers.
+    pub fn rewrite_on_device(
+        &mut self,
+        layer: usize,
+        count: usize,
+        shared: bool,
+    ) -> Result<DeviceSlice<u32>, PluginError> {
+        let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
+        let lent = self.call.device_memory(Memory::Ticket(self.index), heads * count)?;
+        self.set_positions(layer, count, if shared { 0 } else { count }, lent.address() as *const u32)?;
+        Ok(lent)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl LentLayer<'_> {
+    /// K rows on a CUDA device, to be written by work enqueued during the call.
+    ///
+    /// # Errors
+    /// As [`LayerView::k_device`].
+    pub fn k_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.0.k_device()
+    }
+
+    /// V rows on a CUDA device, as [`Self::k_device`].
+    ///
+    /// # Errors
+    /// As [`LayerView::k_device`].
+    pub fn v_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.0.v_device()
+    }
+}
 
 impl LentLayer<'_> {
     /// Rows that were lent.

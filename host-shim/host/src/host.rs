@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::arm::{Arm, Generation, RankInstance, Wants};
 use crate::callbacks::Callbacks;
+use crate::device::Device;
 use crate::error::HostError;
 use crate::figures;
 use crate::instance::{CallError, Event, Instance};
@@ -46,6 +47,8 @@ pub struct HostConfig {
 pub struct Host {
     pub(crate) callbacks: Callbacks,
     pub(crate) models: Vec<Arc<Model>>,
+    /// Where each rank's cache lies.
+    pub(crate) devices: Vec<Device>,
     pub(crate) offers: KvhOffers,
     pub(crate) sequences: RwLock<HashMap<u64, Arc<Sequence>>>,
     pub(crate) tickets: Mutex<Tickets>,
@@ -63,7 +66,7 @@ impl Host {
     /// A host without arms.
     ///
     /// # Errors
-    /// `Argument` without models, or when they differ in their number of layers.
+    /// `Argument` without models, or when they differ in their number of layers; those of [`Device::open`].
     pub fn new(config: HostConfig) -> Result<Self, HostError> {
         let layers = config.models.first().map(|model| model.layers().len());
         if layers.is_none() || config.models.iter().any(|model| Some(model.layers().len()) != layers) {
@@ -72,8 +75,11 @@ impl Host {
                     .into(),
             ));
         }
+        let open = |model: &Model| Device::open(model.raw().device, &config.callbacks);
+        let devices = config.models.iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self {
             callbacks: config.callbacks,
+            devices,
             models: config.models.into_iter().map(Arc::new).collect(),
             offers: KvhOffers { struct_size: size_of::<KvhOffers>(), ..config.offers },
             sequences: RwLock::default(),
@@ -288,6 +294,7 @@ impl Host {
             KVH_ERR_POISONED => KVHOOK_REASON_POISONED,
             KVH_ERR_OUT_OF_MEMORY => KVHOOK_REASON_OUT_OF_MEMORY,
             KVH_ERR_UNSUPPORTED => KVH_REASON_UNSUPPORTED,
+            KVH_ERR_DEVICE => KVHOOK_REASON_DEVICE,
             _ => KVHOOK_REASON_PLUGIN_ERROR,
         };
         if matches!(reason, KVHOOK_REASON_PANIC | KVHOOK_REASON_POISONED) {

@@ -23,8 +23,7 @@ impl Model {
     /// Copies what the engine says.
     ///
     /// # Errors
-    /// `InvalidArgument` for null pointers and sizes; `Unsupported` for a device or dtype that the host's kernels do
-    /// not take.
+    /// `InvalidArgument` for null pointers and sizes; `Unsupported` for a dtype that the host's kernels do not take.
     ///
     /// # Safety
     /// `raw` and what it points to is valid for reading.
@@ -39,12 +38,6 @@ impl Model {
         let refuse = |problem: String| Err(HostError::Unsupported(problem));
         if layers.is_empty() {
             return Err(HostError::Argument("`models.layers` is empty; expected one for each layer".to_owned()));
-        }
-        if raw.device.device_type != KVH_DEVICE_CPU {
-            return refuse(format!(
-                "device type {}; this host moves rows in ordinary memory (1)",
-                raw.device.device_type
-            ));
         }
         if view::dtype(raw.cache_dtype).is_none() {
             return refuse(format!("a cache of {}; expected f32, f16 or bf16", view::dtype_name(raw.cache_dtype)));

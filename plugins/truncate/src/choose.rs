@@ -25,6 +25,12 @@ pub fn divide(open: &[u32], length: usize, keep: usize, sinks: usize, recent: us
     Division::new(keep, first, last.min(open.len() - first))
 }
 
+/// As [`divide`], where every row may be dropped.
+pub fn divide_all(length: usize, keep: usize, sinks: usize, recent: usize) -> Division {
+    let sinks = sinks.min(length);
+    Division::new(keep, sinks, recent.min(length - sinks))
+}
+
 /// Evenly spaced rows: writes sinks, every `h / chosen`-th of the `h` rows of the history, and the recent rows.
 pub fn stride(open: &[u32], division: Division, out: &mut [u32]) {
     let Division { sinks, recent, chosen } = division;
@@ -72,6 +78,11 @@ mod tests {
         assert_eq!(divide(&all[..6], 6, 5, 4, 5), Division { sinks: 4, recent: 1, chosen: 0 });
         assert_eq!(divide(&all[..3], 3, 2, 4, 5), Division { sinks: 2, recent: 0, chosen: 0 });
         assert_eq!(divide(&[], 20, 0, 4, 3), Division { sinks: 0, recent: 0, chosen: 0 });
+        for (length, keep, sinks, recent) in [(20, 10, 4, 3), (6, 5, 4, 5), (3, 2, 4, 5), (20, 5, 4, 3), (20, 0, 4, 3)]
+        {
+            let divided = divide(&all[..length], length, keep, sinks, recent);
+            assert_eq!(divide_all(length, keep, sinks, recent), divided, "{length} {keep} {sinks} {recent}");
+        }
     }
 
     #[test]

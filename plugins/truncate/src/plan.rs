@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvhook_abi::raw::KvhRange;
 use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Request, Requests, SequenceView};
 use kvhook_kernels::parallel;
 use kvhook_kernels::sample::Draw;
@@ -23,6 +24,30 @@ pub struct Planner<'a> {
     pub model: &'a ModelInfo,
     /// The last queries, where they are kept.
     pub windows: Option<&'a Windows>,
+}
+
+/// One layer of a sequence, and what of it is kept.
+pub struct Wished<'a> {
+    /// The layer.
+    pub layer: LayerView<'a>,
+    /// Rows that may be dropped.
+    pub open: Tokens,
+    /// Rows that are kept of those.
+    pub keep: usize,
+    /// Which.
+    pub wish: Wish,
+}
+
+/// Which rows of a layer are kept.
+pub enum Wish {
+    /// All.
+    All,
+    /// These, for all heads.
+    Ranges(Vec<KvhRange>),
+    /// By their places.
+    ByPlace,
+    /// By their scores; a draw has the number of the layer, and the whole model's of the rank's first head.
+    ByScore(ByScore, Importance),
 }
 
 /// The choice of one head's rows, which may run on any thread.
@@ -162,6 +187,49 @@ impl Planner<'_> {
         Ok(())
     }
 
+    /// What is to be kept of each layer of a sequence.
+    ///
+    /// # Errors
+    /// [`Kept`] when nothing would be dropped or rows that are kept whole are missing.
+    pub fn wishes<'a>(&self, sequence: &SequenceView<'a>, kinds: &Kinds) -> Result<Vec<Wished<'a>>, Kept> {
+        let settings = self.settings;
+        let position = sequence.next_position();
+        let layers = sequence.layers().collect::<Result<Vec<_>, _>>()?;
+        let counts = settings.counts(position, kinds, layers.iter().map(|layer| layer.length() as u64))?;
+        let wished = layers.into_iter().zip(counts).map(|(layer, count)| {
+            let (number, length) = (layer.index(), layer.length() as u64);
+            if count == length {
+                let open = Tokens { seen: length, stored: length, whole: 0 };
+                return Ok(Wished { layer, open, keep: length as usize, wish: Wish::All });
+            }
+            let open = settings.tokens(number, length, position, kinds)?;
+            let keep = (count - open.whole) as usize;
+            let wish = match settings.history {
+                History::None { block } if kinds.is_all() => {
+                    let sinks = settings.sinks as u64;
+                    Wish::Ranges(match block {
+                        None => budget::streaming(length, keep as u64, sinks),
+                        Some(block) => {
+                            // `count` is what the rounding gives; the ranges come from what was asked for.
+                            let asked = settings.layers[number].map_or(open.stored, |amount| amount.rows(open));
+                            budget::streaming_blocks(length, asked, sinks, block)
+                        }
+                    })
+                }
+                History::None { .. } | History::Stride => Wish::ByPlace,
+                History::Top(importance) => Wish::ByScore(ByScore::Top, importance),
+                History::Sample { importance, seed } => {
+                    // The whole model's index of the head, so that ranks agree.
+                    let head = self.model.first_kv_head;
+                    let draw = Draw { seed, round: sequence.epoch(), layer: number as u32, head };
+                    Wish::ByScore(ByScore::Sample(draw), importance)
+                }
+            };
+            Ok(Wished { layer, open, keep, wish })
+        });
+        wished.collect()
+    }
+
     /// Fills what needs no scores, and adds tasks for the rest.
     fn lay_out<'a>(
         &self,
@@ -170,52 +238,31 @@ impl Planner<'_> {
         index: usize,
         tasks: &mut Vec<Task<'a>>,
     ) -> Result<(), Kept> {
-        let settings = self.settings;
-        let position = sequence.next_position();
-        let kinds = Arc::new(Kinds::new(settings.compressed, sequence.segments(), position));
-        let layers = sequence.layers().collect::<Result<Vec<_>, _>>()?;
-        let counts = settings.counts(position, &kinds, layers.iter().map(|layer| layer.length() as u64))?;
-        for (layer, &count) in layers.iter().zip(&counts) {
-            let (number, length) = (layer.index(), layer.length());
-            if count == length as u64 {
-                plan.select_all(number)?;
-                continue;
-            }
-            let open = settings.tokens(number, length as u64, position, &kinds)?;
-            let keep = (count - open.whole) as usize;
-            let (how, importance) = match settings.history {
-                History::None { block } if kinds.is_all() => {
-                    let sinks = settings.sinks as u64;
-                    let ranges = match block {
-                        None => budget::streaming(length as u64, keep as u64, sinks),
-                        Some(block) => {
-                            // `count` is what the rounding gives; the ranges come from what was asked for.
-                            let asked = settings.layers[number].map_or(open.stored, |amount| amount.rows(open));
-                            budget::streaming_blocks(length as u64, asked, sinks, block)
-                        }
-                    };
-                    plan.select_ranges(number, &ranges)?;
+        let kinds = Arc::new(Kinds::new(self.settings.compressed, sequence.segments(), sequence.next_position()));
+        for Wished { layer, open, keep, wish } in self.wishes(sequence, &kinds)? {
+            let layer = &layer;
+            let (how, importance) = match wish {
+                Wish::All => {
+                    plan.select_all(layer.index())?;
                     continue;
                 }
-                History::None { .. } | History::Stride => {
+                Wish::Ranges(ranges) => {
+                    plan.select_ranges(layer.index(), &ranges)?;
+                    continue;
+                }
+                Wish::ByPlace => {
                     self.by_place(layer, plan, &kinds, open, keep)?;
                     continue;
                 }
-                History::Top(importance) => (ByScore::Top, importance),
-                History::Sample { importance, seed } => {
-                    let draw = Draw { seed, round: sequence.epoch(), layer: number as u32, head: 0 };
-                    (ByScore::Sample(draw), importance)
-                }
+                Wish::ByScore(how, importance) => (how, importance),
             };
             let queries = self.window(sequence, layer, importance)?.map(Arc::new);
-            let out = plan.select(number, count as usize)?;
-            for (head, out) in out.chunks_exact_mut(count as usize).enumerate() {
+            let count = keep + open.whole as usize;
+            let out = plan.select(layer.index(), count)?;
+            for (head, out) in out.chunks_exact_mut(count).enumerate() {
                 let how = match how {
                     ByScore::Top => ByScore::Top,
-                    // The whole model's index of the head, so that ranks agree.
-                    ByScore::Sample(draw) => {
-                        ByScore::Sample(Draw { head: self.model.first_kv_head + head as u32, ..draw })
-                    }
+                    ByScore::Sample(draw) => ByScore::Sample(Draw { head: draw.head + head as u32, ..draw }),
                 };
                 tasks.push(Task {
                     sequence: index,

@@ -231,7 +231,7 @@ fn needs_follow_the_config() {
 
 #[test]
 fn refused_memory_keeps_the_sequence() {
-    for config in ["", "history=stride", "history=top"] {
+    for config in ["history=stride", "history=top"] {
         let mut instance = Instance::new(config, SHAPE);
         instance.refuse_memory(true);
         let answer = instance.plan_one(sequence(100));

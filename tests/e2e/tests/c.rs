@@ -71,6 +71,10 @@ struct Engine {
 
 impl Engine {
     fn build(compiler: &str) -> Self {
+        Self::build_of(compiler, "engine.cpp")
+    }
+
+    fn build_of(compiler: &str, source: &str) -> Self {
         let place = Place::new();
         let program = place.root().join("engine");
         // `cargo build` puts the library into the profile's folder, `cargo test` into `deps`.
@@ -86,7 +90,7 @@ impl Engine {
                 ["hook-abi/include", "host-shim/host/include"]
                     .map(|folder| format!("-I{}", root().join(folder).display())),
             )
-            .arg(root().join("tests/c/engine.cpp"))
+            .arg(root().join("tests/c").join(source))
             .arg("-o")
             .arg(&program)
             .arg("-L")
@@ -142,6 +146,42 @@ fn an_engine_in_cpp_equals_masked_attention() {
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("keeps 20 rows"), "{text}");
+}
+
+/// Every way of `truncate` to choose rows.
+#[cfg(feature = "cuda")]
+const TRUNCATE_ON_CUDA: [&str; 10] = [
+    "keep=0.25,recent=8",
+    "history=stride,keep=0.3",
+    "history=top,importance=key_norm,keep=0.5,every=100",
+    "history=top,importance=key_diff,keep=0.25,every=100",
+    "history=top,importance=attention,keep=0.5,every=100",
+    "history=top,importance=attention,window=7,pool=3,budget=300",
+    "history=sample,importance=key_norm,budget=200,seed=5,every=100",
+    "history=sample,importance=key_diff,budget=200,every=100",
+    "history=sample,importance=uniform,budget=200",
+    "history=sample,importance=attention,keep=0.5",
+];
+
+/// Says "skipped" where there is no CUDA device.
+#[cfg(feature = "cuda")]
+#[test]
+fn an_engine_on_a_gpu_keeps_what_it_keeps_in_memory() {
+    let engine = Engine::build_of("c++", "cuda_engine.cpp");
+    for (plugin, configs) in [("noop", &[""][..]), ("truncate", &TRUNCATE_ON_CUDA)] {
+        let plugin = engine.put(plugin);
+        for config in configs {
+            for cache in ["contiguous", "paged"] {
+                let output =
+                    run(engine.command(&plugin, &["--config", config, "--cache", cache]).args(["--late", "3"]));
+                let text = String::from_utf8(output.stdout).unwrap();
+                assert!(text.starts_with("OK ") || text.starts_with("skipped"), "{text}");
+            }
+        }
+    }
+    // An edit of the block table.
+    let blocks = ["--config", "align=block,budget=400,every=100", "--cache", "paged"];
+    run(&mut engine.command(&engine.put("truncate"), &blocks));
 }
 
 /// The second generations of `generation2.c`.

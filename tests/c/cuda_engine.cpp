@@ -1,0 +1,419 @@
+// An engine with its cache on a CUDA device, with nothing but the driver API and kvhook.hpp. It compresses the same cache
+// twice, on the device and in ordinary memory, and compares what is left: every byte, every length, every position.
+//
+//   cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--rounds N] [--late TOKENS] [--copies FOLDER]
+//
+// PLUGIN is the path of a library. Each round compresses, with so many tokens appended between prepare and commit.
+// Prints a line with OK, or "skipped" where there is no CUDA device; ends with 1 when anything is not as it should be.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_driver.hpp"
+#include "kvhook.hpp"
+#include "toy_model.hpp"
+
+namespace {
+
+constexpr std::uint32_t LAYERS = 3, KV_HEADS = 2, Q_HEADS = 8, DIM = 64, BLOCK = 16;
+constexpr std::size_t CAPACITY = 4096, PROMPT = 1200, GROWTH = 400;
+// Bytes before and behind the cache that nobody may write.
+constexpr std::size_t GUARD = 256;
+constexpr unsigned char UNTOUCHED = 0xa5;
+
+struct Options {
+    std::string plugin, config, copies;
+    bool paged = false;
+    std::size_t rounds = 2, late = 3;
+};
+
+[[noreturn]] void fail(const std::string &what) { throw std::runtime_error(what); }
+
+template <class T>
+T take(kvhook::Result<T> result, const char *what) {
+    if (!result) fail(std::string(what) + ": " + std::string(kvhook::status_name(result.error().status)) + ": " + result.error().message);
+    return std::move(result).value();
+}
+
+void take(const kvhook::Result<void> &result, const char *what) {
+    if (!result) fail(std::string(what) + ": " + std::string(kvhook::status_name(result.error().status)) + ": " + result.error().message);
+}
+
+class Log final : public kvhook::Callbacks {
+public:
+    void log(std::int32_t level, std::string_view target, std::string_view message) noexcept override {
+        std::fprintf(stderr, "%d %.*s: %.*s\n", level, static_cast<int>(target.size()), target.data(), static_cast<int>(message.size()), message.data());
+    }
+    std::int32_t log_max_level() noexcept override { return KVH_LOG_WARN; }
+};
+
+// A bf16 by cutting an f32.
+std::uint16_t bf16(float value) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<std::uint16_t>(bits >> 16);
+}
+
+// Where a cache lies: ordinary memory, or the device, with guards around the cache.
+class Place final : public kvhook::Memory {
+public:
+    explicit Place(const cuda::Driver *driver) : driver_(driver), stream_(driver == nullptr ? nullptr : driver->stream()) {}
+
+    bool on_device() const { return driver_ != nullptr; }
+    void *stream() const { return stream_; }
+    void wait() const {
+        if (on_device()) driver_->synchronize(stream_);
+    }
+
+    void *allocate(std::uint32_t, std::uint64_t bytes, std::uint64_t alignment, void *stream) noexcept override {
+        if (!on_device()) {
+            void *data = nullptr;
+            held += posix_memalign(&data, alignment < sizeof(void *) ? sizeof(void *) : alignment, bytes) == 0;
+            return data;
+        }
+        // The device's allocations are aligned to 256 bytes.
+        const cuda::Pointer data = alignment > 256 ? 0 : driver_->allocate(bytes, stream);
+        held += data != 0;
+        return reinterpret_cast<void *>(data);
+    }
+    void free(std::uint32_t, void *data, std::uint64_t, std::uint64_t, void *stream) noexcept override {
+        --held;
+        if (!on_device()) return std::free(data);
+        driver_->free(reinterpret_cast<cuda::Pointer>(data), stream);
+    }
+
+    // Memory of the engine's own, filled; its guards are compared by `intact`.
+    unsigned char *own(const std::vector<unsigned char> &content) {
+        if (!on_device()) {
+            unsigned char *data = static_cast<unsigned char *>(std::malloc(content.size()));
+            std::memcpy(data, content.data(), content.size());
+            return data;
+        }
+        std::vector<unsigned char> guarded(content.size() + 2 * GUARD, UNTOUCHED);
+        std::memcpy(&guarded[GUARD], content.data(), content.size());
+        const cuda::Pointer start = driver_->allocate(guarded.size(), stream_);
+        if (start == 0) fail("the device has no memory");
+        wait();
+        driver_->upload(start, guarded.data(), guarded.size());
+        return reinterpret_cast<unsigned char *>(start + GUARD);
+    }
+    void write(unsigned char *to, const void *from, std::size_t bytes) const {
+        if (on_device()) {
+            driver_->upload(reinterpret_cast<cuda::Pointer>(to), from, bytes);
+        } else {
+            std::memcpy(to, from, bytes);
+        }
+    }
+    std::vector<unsigned char> read(const void *from, std::size_t bytes) const {
+        std::vector<unsigned char> content(bytes);
+        if (on_device() && bytes > 0) {
+            driver_->download(content.data(), reinterpret_cast<cuda::Pointer>(from), bytes);
+        } else {
+            std::memcpy(content.data(), from, bytes);
+        }
+        return content;
+    }
+    bool intact(const unsigned char *data, std::size_t bytes) const {
+        if (!on_device()) return true;
+        const std::vector<unsigned char> guard(GUARD, UNTOUCHED);
+        return read(data - GUARD, GUARD) == guard && read(data + bytes, GUARD) == guard;
+    }
+
+    long held = 0;
+
+private:
+    const cuda::Driver *driver_;
+    void *stream_;
+};
+
+// One sequence of one engine.
+class Engine {
+public:
+    Engine(const Options &options, Place &place, Log &log) : options_(options), place_(place), host_(make_host(options, place, log)) {
+        const std::size_t bytes = CAPACITY * KV_HEADS * DIM * sizeof(std::uint16_t);
+        // Twice the blocks that are needed, in a shuffled order.
+        for (std::int32_t block = 0; block < static_cast<std::int32_t>(CAPACITY / BLOCK); ++block)
+            table_.push_back((block * 37 + 11) % static_cast<std::int32_t>(CAPACITY / BLOCK) * 2 + 1);
+        const std::vector<unsigned char> empty(bytes * (options.paged ? 2 : 1), 0xee);
+        for (std::uint32_t layer = 0; layer < LAYERS; ++layer)
+            for (int part = 0; part < 2; ++part) rows_.push_back(place.own(empty));
+        bytes_ = empty.size();
+        std::vector<unsigned char> table(table_.size() * sizeof(std::int32_t));
+        std::memcpy(table.data(), table_.data(), table.size());
+        table_on_device_ = place.own(table);
+        take(host_.set_arm("arm", options.plugin, options.config), "set_arm");
+    }
+
+    void run() {
+        kvhook::Sequence sequence = take(host_.begin(PROMPT, {}, "arm"), "begin");
+        append(sequence, PROMPT, KVH_PHASE_PREFILL);
+        for (std::size_t round = 0; round < options_.rounds; ++round) {
+            compress(sequence, round == 0 ? KVHOOK_EVENT_PREFILL_DONE : KVHOOK_EVENT_GROWN);
+            for (std::size_t i = 0; i < GROWTH; ++i) append(sequence, 1, KVH_PHASE_DECODE);
+        }
+        snapshot(sequence);
+        take(sequence.free(KVH_FREE_FINISHED, place_.stream()), "free");
+        place_.wait();
+        for (unsigned char *rows : rows_)
+            if (!place_.intact(rows, bytes_)) fail("something wrote outside the cache");
+    }
+
+    // Everything that is left: lengths, rows in their order, positions.
+    std::vector<unsigned char> left;
+    std::size_t commits = 0;
+    std::vector<std::uint64_t> lengths;
+
+private:
+    static kvhook::Host make_host(const Options &options, Place &place, Log &log) {
+        KvhLayerInfo info = kvhook::sized<KvhLayerInfo>();
+        info.kind = KVH_LAYER_FULL;
+        info.shared_with = -1;
+        info.kv_heads = KV_HEADS;
+        info.q_heads = Q_HEADS;
+        info.k_head_dim = DIM;
+        info.v_head_dim = DIM;
+        const std::vector<KvhLayerInfo> layers(LAYERS, info);
+        KvhModel model = kvhook::sized<KvhModel>();
+        model.name = kvhook::str("toy");
+        model.ranks = 1;
+        model.total_kv_heads = KV_HEADS;
+        model.device = {place.on_device() ? KVH_DEVICE_CUDA : KVH_DEVICE_CPU, 0};
+        model.cache_dtype = kvhook::bf16;
+        model.position_axes = 1;
+        model.max_positions = CAPACITY;
+        model.rope_base = 10000.0;
+        model.rotary_dim = DIM;
+        model.rope_pairing = KVH_ROPE_HALF_SPLIT;
+        model.layers = kvhook::array(layers);
+        kvhook::HostOptions host;
+        host.engine = "cuda test engine";
+        host.models = {model};
+        host.offers.can = KVH_CAN_QUERIES | KVH_CAN_STATE | KVH_CAN_GROWN;
+        host.offers.max_window_queries = PROMPT;
+        host.offers.block_size = options.paged ? BLOCK : 0;
+        host.callbacks = &log;
+        host.memory = &place;
+        host.plugin_folders = {options.plugin.substr(0, options.plugin.find_last_of('/'))};
+        host.copy_folder = options.copies;
+        return take(kvhook::Host::create(host), "create");
+    }
+
+    KvhLayer view(std::uint32_t layer) {
+        unsigned char *k = rows_[2 * layer], *v = rows_[2 * layer + 1];
+        const std::uint64_t length = lengths.empty() ? 0 : lengths[layer];
+        if (!options_.paged)
+            return kvhook::contiguous_layer(layer, KV_HEADS, length, kvhook::head_major(k, kvhook::bf16, CAPACITY, DIM), kvhook::head_major(v, kvhook::bf16, CAPACITY, DIM));
+        KvhLayer out = kvhook::paged_layer(layer, KV_HEADS, length, kvhook::paged_token_major(k, kvhook::bf16, BLOCK, KV_HEADS, DIM),
+                                           kvhook::paged_token_major(v, kvhook::bf16, BLOCK, KV_HEADS, DIM), BLOCK, table_);
+        out.table.data = table_on_device_;
+        return out;
+    }
+
+    std::vector<KvhLayer> views() {
+        std::vector<KvhLayer> views;
+        for (std::uint32_t layer = 0; layer < LAYERS; ++layer) views.push_back(view(layer));
+        return views;
+    }
+
+    std::size_t offset(std::size_t token, std::size_t head) const {
+        const std::size_t row = DIM * sizeof(std::uint16_t);
+        if (!options_.paged) return (head * CAPACITY + token) * row;
+        return ((static_cast<std::size_t>(table_[token / BLOCK]) * BLOCK + token % BLOCK) * KV_HEADS + head) * row;
+    }
+
+    // `tokens` tokens with their queries, which the plugin sees before their rows are written.
+    void append(kvhook::Sequence &sequence, std::size_t tokens, std::uint32_t phase) {
+        if (lengths.empty()) lengths.assign(LAYERS, 0);
+        const bool shown = (sequence.wants().before_attention_phases & phase) != 0;
+        for (std::uint32_t layer = 0; layer < LAYERS; ++layer) {
+            toy::Random random(1000003 * layer + next_);
+            if (shown) {
+                std::vector<std::uint16_t> q(tokens * Q_HEADS * DIM);
+                for (std::uint16_t &element : q) element = bf16(random.next());
+                show(sequence, layer, tokens, phase, q);
+            }
+            for (std::size_t token = 0; token < tokens; ++token) {
+                for (std::size_t head = 0; head < KV_HEADS; ++head) {
+                    for (std::size_t part = 0; part < 2; ++part) {
+                        std::uint16_t row[DIM];
+                        for (std::uint16_t &element : row) element = bf16(random.next() * (1.0f + static_cast<float>((next_ + token) % 7)));
+                        place_.write(rows_[2 * layer + part] + offset(lengths[layer] + token, head), row, sizeof row);
+                    }
+                }
+            }
+        }
+        for (std::uint64_t &length : lengths) length += tokens;
+        next_ += tokens;
+    }
+
+    void show(kvhook::Sequence &sequence, std::uint32_t layer, std::size_t tokens, std::uint32_t phase, const std::vector<std::uint16_t> &q) {
+        std::vector<unsigned char> bytes(q.size() * sizeof(std::uint16_t));
+        std::memcpy(bytes.data(), q.data(), bytes.size());
+        if (queries_.size() < bytes.size()) queries_on_device_ = place_.own(bytes);
+        queries_ = bytes.size() > queries_.size() ? bytes : queries_;
+        place_.write(queries_on_device_, bytes.data(), bytes.size());
+        std::int64_t shape[] = {static_cast<std::int64_t>(tokens), Q_HEADS, DIM}, strides[] = {Q_HEADS * DIM, DIM, 1};
+        const KvhTensor tensor{queries_on_device_, {place_.on_device() ? KVH_DEVICE_CUDA : KVH_DEVICE_CPU, 0}, 3, kvhook::bf16, shape, strides, 0};
+        const KvhLayer cache = view(layer);
+        std::vector<KvhStepSequence> sequences(1, kvhook::sized<KvhStepSequence>());
+        sequences[0].uid = sequence.uid();
+        sequences[0].tokens = tokens;
+        sequences[0].first_position = next_;
+        sequences[0].prompt_length = PROMPT;
+        sequences[0].flags = next_ + tokens == PROMPT ? KVH_STEP_PROMPT_ENDS : 0;
+        sequences[0].phase = phase;
+        sequences[0].cache = &cache;
+        KvhookStep step = kvhook::sized<KvhookStep>();
+        step.layer = layer;
+        step.q = &tensor;
+        step.k = &tensor;
+        step.v = &tensor;
+        step.sequences = kvhook::array(sequences);
+        step.stream = place_.stream();
+        take(host_.before_attention(0, step), "before_attention");
+        // The queries' memory is used again for the next layer.
+        place_.wait();
+    }
+
+    void compress(kvhook::Sequence &sequence, std::int32_t event) {
+        KvhookAsk ask = kvhook::sized<KvhookAsk>();
+        ask.uid = sequence.uid();
+        ask.event = event;
+        ask.lengths = kvhook::array(lengths);
+        ask.next_position = next_;
+        if (take(host_.ask(ask), "ask").decision == KVHOOK_DECISION_KEEP) return;
+        const std::vector<KvhLayer> layers = views();
+        std::vector<KvhookPrepareSequence> sequences(1, kvhook::sized<KvhookPrepareSequence>());
+        sequences[0].uid = sequence.uid();
+        sequences[0].event = event;
+        sequences[0].layers = kvhook::array(layers);
+        sequences[0].next_position = next_;
+        take(host_.prepare(0, sequences, place_.stream()), "prepare");
+        const std::uint64_t ticket = sequences[0].ticket;
+        if (ticket == 0) fail("kept: " + std::string(kvhook::reason_name(sequences[0].reason)));
+        for (std::size_t i = 0; i < options_.late; ++i) append(sequence, 1, KVH_PHASE_DECODE);
+        kvhook::Verdict verdict;
+        do {
+            verdict = take(host_.verdict(ticket), "verdict");
+        } while (verdict.verdict == KVHOOK_VERDICT_PENDING);
+        if (verdict.verdict != KVHOOK_VERDICT_READY) fail("dropped: " + std::string(kvhook::reason_name(verdict.reason)));
+        std::vector<std::vector<std::uint32_t>> blocks;
+        if (verdict.movement == KVHOOK_MOVE_TABLE) blocks = take(host_.table_edit(ticket), "table_edit");
+        const kvhook::Committed committed = take(host_.commit(0, ticket, views(), next_, {}, place_.stream()), "commit");
+        // All layers share one table here.
+        if (!blocks.empty()) edit_table(blocks[0], (lengths[0] - options_.late + BLOCK - 1) / BLOCK);
+        if (committed.next_position != next_) fail("the next position changed");
+        lengths = committed.lengths;
+        place_.wait();
+        ++commits;
+    }
+
+    // Of the first `planned` blocks only those with the given ordinals stay; the others are free.
+    void edit_table(const std::vector<std::uint32_t> &ordinals, std::size_t planned) {
+        std::vector<std::int32_t> kept, freed;
+        std::size_t next = 0;
+        for (std::size_t i = 0; i < table_.size(); ++i) {
+            const bool stays = i >= planned || (next < ordinals.size() && ordinals[next] == i);
+            if (stays && i < planned) ++next;
+            (stays ? kept : freed).push_back(table_[i]);
+        }
+        kept.insert(kept.end(), freed.begin(), freed.end());
+        table_ = kept;
+        place_.write(table_on_device_, table_.data(), table_.size() * sizeof(std::int32_t));
+    }
+
+    void snapshot(kvhook::Sequence &sequence) {
+        place_.wait();
+        const auto add = [this](const void *data, std::size_t bytes) {
+            const auto *first = static_cast<const unsigned char *>(data);
+            left.insert(left.end(), first, first + bytes);
+        };
+        for (std::uint32_t layer = 0; layer < LAYERS; ++layer) {
+            add(&lengths[layer], sizeof lengths[layer]);
+            for (std::size_t part = 0; part < 2; ++part) {
+                const std::vector<unsigned char> all = place_.read(rows_[2 * layer + part], bytes_);
+                for (std::size_t head = 0; head < KV_HEADS; ++head)
+                    for (std::size_t token = 0; token < lengths[layer]; ++token) add(&all[offset(token, head)], DIM * sizeof(std::uint16_t));
+            }
+            const KvhPositions positions = take(host_.positions(0, sequence.uid(), layer), "positions");
+            add(&positions.count, sizeof positions.count);
+            for (std::size_t head = 0; head < KV_HEADS && positions.count > 0; ++head) {
+                const auto table = place_.read(positions.data + static_cast<std::int64_t>(head) * positions.stride_head, positions.count * sizeof(std::uint32_t));
+                add(table.data(), table.size());
+            }
+        }
+    }
+
+    const Options &options_;
+    Place &place_;
+    kvhook::Host host_;
+    // K and V of each layer.
+    std::vector<unsigned char *> rows_;
+    std::size_t bytes_ = 0, next_ = 0;
+    std::vector<std::int32_t> table_;
+    unsigned char *table_on_device_ = nullptr, *queries_on_device_ = nullptr;
+    std::vector<unsigned char> queries_;
+};
+
+Options parse(int count, char **arguments) {
+    Options options;
+    if (count < 2) fail("usage: cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--rounds N] [--late TOKENS] [--copies FOLDER]");
+    options.plugin = arguments[1];
+    if (options.plugin.find('/') == std::string::npos) fail("PLUGIN is a path with a folder");
+    for (int i = 2; i < count; i += 2) {
+        const std::string key = arguments[i];
+        if (i + 1 == count) fail(key + " needs a value");
+        const std::string value = arguments[i + 1];
+        if (key == "--config") options.config = value;
+        else if (key == "--cache" && (value == "contiguous" || value == "paged")) options.paged = value == "paged";
+        else if (key == "--rounds") options.rounds = std::stoul(value);
+        else if (key == "--late") options.late = std::stoul(value);
+        else if (key == "--copies") options.copies = value;
+        else fail("unknown argument " + key + " " + value);
+    }
+    return options;
+}
+
+int run(const Options &options) {
+    const cuda::Driver *driver = cuda::Driver::open();
+    if (driver == nullptr) {
+        std::printf("skipped: no CUDA device\n");
+        return 0;
+    }
+    Log log;
+    Place on_device(driver), in_memory(nullptr);
+    std::size_t commits = 0;
+    std::vector<std::uint64_t> lengths;
+    {
+        Engine device(options, on_device, log), memory(options, in_memory, log);
+        device.run();
+        memory.run();
+        commits = device.commits;
+        lengths = device.lengths;
+        if (device.commits != memory.commits) fail("not as many commits as in ordinary memory");
+        if (device.lengths != memory.lengths) fail("not as many rows as in ordinary memory");
+        if (device.left != memory.left) {
+            std::size_t differing = 0;
+            for (std::size_t i = 0; i < device.left.size(); ++i) differing += device.left[i] != memory.left[i];
+            fail(std::to_string(differing) + " of " + std::to_string(device.left.size()) + " bytes differ from those in ordinary memory");
+        }
+    }
+    on_device.wait();
+    if (on_device.held != 0 || in_memory.held != 0) fail("the host still holds memory");
+    std::printf("OK %s: %zu commits, %llu rows left, every byte as in ordinary memory\n", options.config.c_str(), commits, static_cast<unsigned long long>(lengths[0]));
+    return 0;
+}
+
+}  // namespace
+
+int main(int count, char **arguments) {
+    try {
+        return run(parse(count, arguments));
+    } catch (const std::exception &error) {
+        std::fprintf(stderr, "FAILED: %s\n", error.what());
+        return 1;
+    }
+}
