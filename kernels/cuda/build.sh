@@ -21,7 +21,8 @@ cd "$here"
 [ $# -gt 0 ] || set -- *.cu
 for name in "$@"; do
     name=${name%.cu}
-    "$nvcc" -fatbin -std=c++17 -O3 --compress-mode=size -Xptxas=-warn-spills ${NVCC_FLAGS:-} \
+    # Without a seed of its own, each build names its internal symbols anew.
+    "$nvcc" -fatbin -std=c++17 -O3 -frandom-seed="$name" --compress-mode=size -Xptxas=-warn-spills ${NVCC_FLAGS:-} \
         -gencode arch=compute_80,code=[compute_80,sm_80] -gencode arch=compute_90a,code=sm_90a \
         "$name.cu" -o "$out/$name.fatbin"
     if [ -n "$check" ]; then

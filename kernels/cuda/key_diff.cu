@@ -65,9 +65,6 @@ __device__ void count_up(uint32_t *counter) {
     }
 }
 
-// Addresses of the rows of a step and of the next one.
-using RowsOfSteps = const char *(*)[TILE_ROWS];
-
 template <int PER, int WORDS> __device__ float squares(const float (&elements)[WORDS][PER]) {
     float sum = 0;
 #pragma unroll
@@ -83,16 +80,14 @@ template <int PER, int WORDS> __device__ float squares(const float (&elements)[W
 __device__ inline float inverse_norm(float squares) { return squares > 0 ? rsqrtf(squares) : 0; }
 
 template <class T, int PER, int WORDS, int UNROLL>
-__device__ void sum_tile(const Layout &layout, const Item &item, TilePlace place, RowsOfSteps rows, float *part) {
+__device__ void sum_tile(const Layout &layout, const Item &item, TilePlace place, const char **rows, float *part) {
     const Tiles &tiles = item.tiles;
     float sums[WORDS][PER] = {};
-    rows[0][threadIdx.x] = row_of_thread(layout, tiles, place, 0);
     for (uint32_t step = 0; step < tiles.steps; step++) {
         __syncthreads();
-        if (step + 1 < tiles.steps) {
-            rows[(step + 1) % 2][threadIdx.x] = row_of_thread(layout, tiles, place, step + 1);
-        }
-        for_each_row<T, PER, WORDS, UNROLL, false>(layout, tiles, rows[step % 2], [&](uint32_t, auto &raw) {
+        rows[threadIdx.x] = row_of_thread(layout, tiles, place, step);
+        __syncthreads();
+        for_each_row<T, PER, WORDS, UNROLL, false>(layout, tiles, rows, [&](uint32_t, auto &raw) {
             float elements[WORDS][PER];
 #pragma unroll
             for (int w = 0; w < WORDS; w++) {
@@ -192,7 +187,7 @@ __device__ void direction_of_head(const Layout &layout, const Item &item, uint32
 }
 
 template <class T, int PER, int WORDS, int UNROLL>
-__device__ void score_tile(const Layout &layout, const Item &item, TilePlace place, RowsOfSteps rows, float *scores) {
+__device__ void score_tile(const Layout &layout, const Item &item, TilePlace place, const char **rows, float *scores) {
     const Tiles &tiles = item.tiles;
     uint32_t lanes = 1u << tiles.lanes_shift, lane = threadIdx.x & (lanes - 1);
     uint32_t heads = 1u << tiles.heads_shift, dim = layout.head_dim;
@@ -208,13 +203,11 @@ __device__ void score_tile(const Layout &layout, const Item &item, TilePlace pla
             direction[w][e] = element < dim ? __ldcg(&known[element]) : 0;
         }
     }
-    rows[0][threadIdx.x] = row_of_thread(layout, tiles, place, 0);
     for (uint32_t step = 0; step < tiles.steps; step++) {
         __syncthreads();
-        if (step + 1 < tiles.steps) {
-            rows[(step + 1) % 2][threadIdx.x] = row_of_thread(layout, tiles, place, step + 1);
-        }
-        for_each_row<T, PER, WORDS, UNROLL, true>(layout, tiles, rows[step % 2], [&](uint32_t row, auto &raw) {
+        rows[threadIdx.x] = row_of_thread(layout, tiles, place, step);
+        __syncthreads();
+        for_each_row<T, PER, WORDS, UNROLL, true>(layout, tiles, rows, [&](uint32_t row, auto &raw) {
             float elements[WORDS][PER];
             float dot = 0;
 #pragma unroll
@@ -232,7 +225,7 @@ __device__ void score_tile(const Layout &layout, const Item &item, TilePlace pla
             }
         });
         __syncthreads();
-        if (rows[step % 2][threadIdx.x] != nullptr) {
+        if (rows[threadIdx.x] != nullptr) {
             uint32_t token = place.token(tiles, step, threadIdx.x), head = place.head(tiles, threadIdx.x);
             item.out[(size_t)head * tiles.length + token] = scores[threadIdx.x];
         }
@@ -241,7 +234,7 @@ __device__ void score_tile(const Layout &layout, const Item &item, TilePlace pla
 
 template <class T, bool IN_WORDS> __device__ void key_diff(const Params &params) {
     constexpr int PER = IN_WORDS ? Element<T>::PER_WORD : 1;
-    __shared__ const char *rows[2][TILE_ROWS];
+    __shared__ const char *rows[TILE_ROWS];
     __shared__ alignas(8) float part[(PER < 2 ? 2 : PER) * TILE_ROWS];
     __shared__ uint32_t taken;
 

@@ -38,8 +38,8 @@ pub struct KeyDiff {
 /// [`crate::key_diff::key_diff`]'s scores, of all items in a launch for each 258 of one dtype, and one more in all (it clears
 /// a part of the working memory).
 ///
-/// Floor: reads K twice, `2 * heads * length * head_dim * dtype` bytes. Sums are in f32 in tiles of 256 to 1,024
-/// tokens, by the length, and over tiles in f64, in one order.
+/// Floor: reads K twice, `2 * heads * length * head_dim * dtype` bytes. Sums are in f32 in tiles of 256 tokens (512
+/// in long sequences), and over tiles in f64, in one order.
 ///
 /// # Errors
 /// `length` outside the view; `out` of another length; a head_dim above 1,024, where rows are not whole 16-byte words at
@@ -87,7 +87,7 @@ pub fn key_diff(device: &Device, stream: Stream, items: &[KeyDiff], scratch: Dev
     Ok(())
 }
 
-/// Bytes of working memory for [`key_diff`]: about 4 * head_dim for each tile of 256 to 1,024 rows.
+/// Bytes of working memory for [`key_diff`]: about 4 * head_dim for each 256 rows (512 in long sequences).
 ///
 /// # Errors
 /// As [`key_diff`].
@@ -99,9 +99,8 @@ pub fn scratch_bytes(items: &[KeyDiff]) -> Result<usize, CudaError> {
 const ITEMS: usize = 258;
 const SEGMENTS: usize = 1408;
 
-/// Sequences with more tokens have tiles of twice and four times the rows: fewer sums, and few tiles in short ones would
-/// leave processors idle.
-const LONG: [usize; 2] = [4096, 16_384];
+/// Sequences with more tokens have tiles of twice the rows, to save working memory.
+const LONG: usize = 32_768;
 
 /// Segments of a chain at most.
 const SEGMENTS_OF_CHAIN: usize = 4;
@@ -143,9 +142,9 @@ fn plan(items: &[KeyDiff]) -> Result<(Vec<Task>, Needed), CudaError> {
     let mut needed = Needed { counters: items.len(), floats: 0 };
     let mut tasks = Vec::with_capacity(items.len());
     for &KeyDiff { keys, length, out } in items {
-        // 256 to 1,024 tokens a tile, of one or two heads.
+        // 256 or 512 tokens a tile, of one or two heads.
         let heads = if keys.token_major() { keys.kv_heads().min(2) } else { 1 };
-        let steps = heads as u32 * [1, 2, 4][LONG.iter().filter(|&&long| length > long).count()];
+        let steps = heads as u32 * if length > LONG { 2 } else { 1 };
         let tiling = Tiling::new(&keys, 0..length, 2, steps)?;
         let most = SEGMENTS / SEGMENTS_OF_CHAIN - 1;
         if tiling.chains as usize > most {
