@@ -91,8 +91,10 @@ template <class T, int D, bool RESIDENT> struct Fast {
     static_assert(GROUPS * WARPS == TILE);
 
     using Sums = float[2][OUTPUTS][4];
-    // A chunk of inputs for each group of the lane.
+    // The lane's words of a chunk of inputs, for each of its groups.
     using Inputs = uint4[4];
+    // A chunk of inputs of the warp's groups.
+    using Chunk = Fragment[2];
 
     const Launch &launch;
     const Item *item;
@@ -139,39 +141,41 @@ template <class T, int D, bool RESIDENT> struct Fast {
         }
     }
 
-    __device__ static void multiply(Sums &sums, const Inputs &inputs, const uint4 *weights, int lane) {
+    __device__ static void multiply(Sums &sums, const Chunk &inputs, const uint4 *weights, int lane) {
 #pragma unroll
         for (int output = 0; output < OUTPUTS; output++) {
             uint4 weight = weights[output * 32 + lane];
 #pragma unroll
             for (int block = 0; block < 2; block++) {
-                multiply_chunk<T>(sums[block][output], inputs[block * 2], inputs[block * 2 + 1], weight);
+                multiply_chunk<T>(sums[block][output], inputs[block], weight);
             }
         }
     }
 
     // relu(sums), rounded: the sums' lanes are the next layer's inputs' lanes.
-    __device__ static void hide(const Sums &sums, Inputs (&hidden)[CHUNKS]) {
+    __device__ static void hide(const Sums &sums, Chunk (&hidden)[CHUNKS]) {
 #pragma unroll
-        for (int at = 0; at < CHUNKS * 4; at++) {
-            int chunk = at / 4, half = at % 4;
-            uint32_t words[4];
+        for (int at = 0; at < CHUNKS * 2; at++) {
+            int chunk = at / 2, block = at % 2;
+            uint32_t low[4], high[4];
 #pragma unroll
             for (int part = 0; part < 4; part++) {
-                const float(&from)[4] = sums[half / 2][chunk * 4 + part];
-                words[part] = Mma<T>::pack(relu(from[half % 2 * 2]), relu(from[half % 2 * 2 + 1]));
+                const float(&from)[4] = sums[block][chunk * 4 + part];
+                low[part] = Mma<T>::pack(relu(from[0]), relu(from[1]));
+                high[part] = Mma<T>::pack(relu(from[2]), relu(from[3]));
             }
-            hidden[chunk][half] = make_uint4(words[0], words[1], words[2], words[3]);
+            hidden[chunk][block] = {make_uint4(low[0], high[0], low[1], high[1]),
+                                    make_uint4(low[2], high[2], low[3], high[3])};
         }
     }
 
-    __device__ void load(Inputs &inputs, const Group (&groups)[4], uint32_t number) const {
+    // Addresses of the rows of the lane's groups that are member `member` of their group.
+    __device__ void find(const char *(&rows)[4], const Group (&groups)[4], uint32_t member) const {
         const Layout &layout = launch.layouts[item->source_layout];
-        uint32_t member = number / CHUNKS, offset = (number % CHUNKS * 4 + lane % 4) * 16;
 #pragma unroll
         for (int half = 0; half < 4; half++) {
             uint32_t token = item->source_start + groups[half].group * launch.head.factor + member;
-            inputs[half] = load_once(row_address(layout, item->source, token, groups[half].head) + offset);
+            rows[half] = row_address(layout, item->source, token, groups[half].head);
         }
     }
 
@@ -220,20 +224,31 @@ template <class T, int D, bool RESIDENT> struct Fast {
         } else if (first >= all) {
             return;
         }
-        uint32_t inputs = launch.head.factor * CHUNKS;
+        uint32_t inputs = launch.head.factor * CHUNKS, zero = launch.count >> 31;
         Sums sums;
         start(sums, 0);
         {
             // Lanes beyond the last group compute it again.
             auto group_of = [&](int half) { return Group(*item, min(first + half * 8 + lane / 4, all - 1)); };
             Group groups[4] = {group_of(0), group_of(1), group_of(2), group_of(3)};
+            const char *rows[4];
+            auto load = [&](Inputs &words, uint32_t number) {
+                if (number % CHUNKS == 0) {
+                    find(rows, groups, number / CHUNKS);
+                }
+#pragma unroll
+                for (int half = 0; half < 4; half++) {
+                    words[half] = load_once(rows[half] + (number % CHUNKS * 4 + lane % 4) * 16);
+                }
+            };
             Inputs now, next, later;
-            load(now, groups, 0);
-            load(next, groups, min(1u, inputs - 1));
+            load(now, 0);
+            load(next, 1);
 #pragma unroll 1
             for (uint32_t number = 0; number < inputs; number++) {
-                load(later, groups, min(number + 2, inputs - 1));
-                multiply(sums, now, chunk(number), lane);
+                load(later, min(number + 2, inputs - 1));
+                Chunk chunk_now = {fragment(now[0], now[1], zero), fragment(now[2], now[3], zero)};
+                multiply(sums, chunk_now, chunk(number), lane);
 #pragma unroll
                 for (int half = 0; half < 4; half++) {
                     now[half] = next[half], next[half] = later[half];
@@ -242,7 +257,7 @@ template <class T, int D, bool RESIDENT> struct Fast {
         }
 #pragma unroll
         for (int layer = 1; layer < 3; layer++) {
-            Inputs hidden[CHUNKS];
+            Chunk hidden[CHUNKS];
             hide(sums, hidden);
             start(sums, layer);
 #pragma unroll

@@ -15,11 +15,10 @@ constexpr int CHUNK = 32;
 template <class T> struct Mma;
 
 template <> struct Mma<__half> {
-    __device__ static void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
+    __device__ static void multiply(float (&sums)[4], uint4 a, uint32_t b0, uint32_t b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
     }
     __device__ static uint32_t pack(float low, float high) {
         __half2 both = __floats2half2_rn(low, high);
@@ -28,11 +27,10 @@ template <> struct Mma<__half> {
 };
 
 template <> struct Mma<__nv_bfloat16> {
-    __device__ static void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
+    __device__ static void multiply(float (&sums)[4], uint4 a, uint32_t b0, uint32_t b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
     }
     __device__ static uint32_t pack(float low, float high) {
         __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
@@ -40,10 +38,23 @@ template <> struct Mma<__nv_bfloat16> {
     }
 };
 
-// A chunk of channels: `low` and `high` are the lane's words of A's rows l / 4 and l / 4 + 8, `b` of B's row l / 4.
-template <class T> __device__ inline void multiply_chunk(float (&sums)[4], uint4 low, uint4 high, uint4 b) {
-    Mma<T>::multiply(sums, low.x, high.x, low.y, high.y, b.x, b.y);
-    Mma<T>::multiply(sums, low.z, high.z, low.w, high.w, b.z, b.w);
+// A's side of a chunk: the operands of its two instructions.
+struct Fragment {
+    uint4 first, second;
+};
+
+// The operands from the lane's words of rows l / 4 and l / 4 + 8. An instruction takes four adjacent registers, two of
+// each row's, and the compiler would rather copy them together before each instruction than keep them so. `zero` is 0,
+// which it cannot know: what comes out are new values, made once.
+__device__ inline Fragment fragment(uint4 low, uint4 high, uint32_t zero) {
+    return {make_uint4(low.x ^ zero, high.x ^ zero, low.y ^ zero, high.y ^ zero),
+            make_uint4(low.z ^ zero, high.z ^ zero, low.w ^ zero, high.w ^ zero)};
+}
+
+// Adds a chunk's products; `b` is the lane's word of B's row l / 4.
+template <class T> __device__ inline void multiply_chunk(float (&sums)[4], const Fragment &a, uint4 b) {
+    Mma<T>::multiply(sums, a.first, b.x, b.y);
+    Mma<T>::multiply(sums, a.second, b.z, b.w);
 }
 
 // Reads a word of memory that no kernel writes meanwhile, and that is read once.

@@ -155,6 +155,7 @@ template <class T, int D, bool COLUMNS> struct Pass {
             return;
         }
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        uint32_t zero = launch.count >> 31;
 
         for (uint32_t first_row = 0; first_row < item.rows; first_row += ROWS) {
             uint32_t rows = min(item.rows - first_row, ROWS), padded = (rows + GROUP - 1) / GROUP * GROUP;
@@ -179,14 +180,22 @@ template <class T, int D, bool COLUMNS> struct Pass {
             __syncthreads();
 
             for (uint32_t key = place.start + warp * KEYS; key < end; key += WARPS * KEYS) {
-                uint4 keys[BLOCKS][2][CHUNKS];
+                Fragment keys[BLOCKS][CHUNKS];
 #pragma unroll
-                for (int half = 0; half < 2 * BLOCKS; half++) {
-                    uint32_t token = min(key + half * 8 + lane / 4, end - 1);
-                    const char *row = row_address(layout, item.keys, token, place.head);
+                for (int block = 0; block < BLOCKS; block++) {
+                    uint4 words[2][CHUNKS];
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        uint32_t token = min(key + block * 16 + half * 8 + lane / 4, end - 1);
+                        const char *row = row_address(layout, item.keys, token, place.head);
+#pragma unroll
+                        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                            words[half][chunk] = load_once(row + (chunk * 4 + lane % 4) * 16);
+                        }
+                    }
 #pragma unroll
                     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                        keys[half / 2][half % 2][chunk] = load_once(row + (chunk * 4 + lane % 4) * 16);
+                        keys[block][chunk] = fragment(words[0][chunk], words[1][chunk], zero);
                     }
                 }
                 // Probabilities of keys lane / 4, + 8, ...: this lane's columns.
@@ -202,8 +211,7 @@ template <class T, int D, bool COLUMNS> struct Pass {
                             uint4 query = queries[((group / 8 + eight) * CHUNKS + chunk) * 32 + lane];
 #pragma unroll
                             for (int block = 0; block < BLOCKS; block++) {
-                                multiply_chunk<T>(products[block][eight], keys[block][0][chunk], keys[block][1][chunk],
-                                                  query);
+                                multiply_chunk<T>(products[block][eight], keys[block][chunk], query);
                             }
                         }
                     }
