@@ -149,6 +149,9 @@ constexpr unsigned long long GOOD = ~0ull;
 constexpr uint32_t FAULT_OUT_OF_RANGE = 1, FAULT_DESCENDING = 2, FAULT_REPEATED = 3, FAULT_OVERTAKES = 4,
                    FAULT_NOT_A_NUMBER = 5, FAULT_WEIGHT = 6, FAULT_TOO_LARGE = 7;
 
+// In a list of positions: the row could not be computed. No position is as high.
+constexpr uint32_t SPOILT = 0xffffffff;
+
 // Records a fault; the lowest one stays, whatever the order of threads. `item` and `head` are below 16,384.
 __device__ inline void report(unsigned long long *verdict, uint32_t item, uint32_t head, uint32_t place, uint32_t fault) {
     atomicMin(verdict, (unsigned long long)item << 50 | (unsigned long long)head << 36 |

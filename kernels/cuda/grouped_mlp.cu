@@ -33,6 +33,8 @@ struct Item {
     View source, destination;
     // As grouped_mlp.rs packs them.
     const char *weights;
+    // What the destination's rows stand for; that of a row that is a fault is spoilt. Null: nothing to spoil.
+    uint32_t *positions;
     uint32_t first_tile;
     // Of all things of the operation: what the verdict names.
     uint32_t number;
@@ -43,9 +45,9 @@ struct Item {
     uint8_t heads_inside;
     uint8_t reserved[7];
 };
-static_assert(sizeof(Item) == 72);
+static_assert(sizeof(Item) == 80);
 
-constexpr int ITEMS = 440;
+constexpr int ITEMS = 399;
 using Launch = Batch<Head, Item, ITEMS>;
 static_assert(sizeof(Launch) <= PARAMETER_BYTES);
 
@@ -60,6 +62,16 @@ struct Group {
         }
     }
 };
+
+// Tells that a row of the destination is no result.
+__device__ inline void fault(const Launch &launch, const Item &item, uint32_t head, uint32_t place) {
+    if (item.positions != nullptr) {
+        item.positions[place] = SPOILT;
+    }
+    if (launch.head.verdict != nullptr) {
+        report(launch.head.verdict, item.number, head, place, FAULT_TOO_LARGE);
+    }
+}
 
 template <class T> __device__ constexpr float largest_value();
 template <> __device__ constexpr float largest_value<float>() { return 3.402823466e38f; }
@@ -204,8 +216,8 @@ template <class T, int D, bool RESIDENT> struct Fast {
                 *reinterpret_cast<uint4 *>(row + (chunk * 4 + lane % 4) * 16) =
                     make_uint4(words[0], words[1], words[2], words[3]);
             }
-            if (!fits && launch.head.verdict != nullptr) {
-                report(launch.head.verdict, item->number, group.head, place, FAULT_TOO_LARGE);
+            if (!fits) {
+                fault(launch, *item, group.head, place);
             }
         }
     }
@@ -379,8 +391,8 @@ template <class T> struct Plain {
         uint32_t place = item.destination_start + group.group;
         char *row = row_address(layout, item.destination, place, group.head);
         Element<T>::store(row + (int64_t)channel * layout.stride_element, value);
-        if (!(fabsf(value) <= largest_value<T>()) && launch.head.verdict != nullptr) {
-            report(launch.head.verdict, item.number, group.head, place, FAULT_TOO_LARGE);
+        if (!(fabsf(value) <= largest_value<T>())) {
+            fault(launch, item, group.head, place);
         }
     }
 

@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) adopt_u32(const __grid_con
         } else if (list != nullptr && place > 0 && value == list[place - 1] && !item.is_positions) {
             fault = FAULT_REPEATED;
         } else if (value >= item.length) {
-            fault = FAULT_OUT_OF_RANGE;
+            fault = item.is_positions && value == SPOILT ? FAULT_TOO_LARGE : FAULT_OUT_OF_RANGE;
         }
         if (fault != 0) {
             report(params.head, item.item, head, place, fault);
@@ -112,5 +112,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) spaced_u32(const __grid_co
             row = item.length - (count - place);
         }
         item.out[place] = row;
+    }
+}
+
+namespace {
+
+// An arithmetic progression.
+struct Progression {
+    uint32_t *out;
+    uint32_t first, step, count, first_tile;
+};
+static_assert(sizeof(Progression) == 24);
+
+using Progressions = Batch<NoHead, Progression, 1332>;
+static_assert(sizeof(Progressions) <= PARAMETER_BYTES);
+
+} // namespace
+
+// One tile a block.
+extern "C" __global__ void __launch_bounds__(THREADS) progressions_u32(const __grid_constant__ Progressions params) {
+    if (blockIdx.x >= params.tiles) {
+        return;
+    }
+    const Progression &item = params.item_of(blockIdx.x);
+    uint32_t start = (blockIdx.x - item.first_tile) * TILE, end = min(item.count, start + TILE);
+    for (uint32_t place = start + threadIdx.x; place < end; place += THREADS) {
+        item.out[place] = item.first + place * item.step;
     }
 }

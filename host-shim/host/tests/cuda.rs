@@ -213,12 +213,19 @@ fn positions_of_a_rewrite_are_checked() {
     let script = Arc::new(Script { style: Style::Rewrite.into(), ..Script::default() });
     let engine = Engine::with(GPU, &script);
     let mut cache = engine.begin(24);
-    for spoil in [|list: &mut Vec<u32>| list[0] = 24, |list: &mut Vec<u32>| list.swap(0, 11)] {
+    type Spoil = fn(&mut Vec<u32>);
+    let lists: [(Spoil, i32); 3] = [
+        (|list| list[0] = 24, KVHOOK_REASON_BAD_POSITION),
+        (|list| list.swap(0, 11), KVHOOK_REASON_BAD_POSITION),
+        // A row that could not be computed.
+        (|list| list[5] = u32::MAX, KVH_REASON_OTHER),
+    ];
+    for (spoil, reason) in lists {
         *script.tamper.lock().unwrap() =
             Some(Box::new(move |_, _, layers| rewrite_list(layers[0].positions, 24, spoil)));
         let before = cache.stores.clone();
         let ticket = engine.plan(&mut cache, DONE, false).unwrap();
-        assert_eq!(engine.verdict(ticket).unwrap().1, KVHOOK_REASON_BAD_POSITION);
+        assert_eq!(engine.verdict(ticket).unwrap().1, reason);
         assert!(before == cache.stores);
     }
 }

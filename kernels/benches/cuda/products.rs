@@ -167,6 +167,7 @@ impl Keys {
                     // SAFETY: a part of `results` that no other item writes.
                     destination: unsafe { Rows::new(address, layout, None) }.unwrap(),
                     groups: Groups { source_start: 0, count, destination_start: 0 },
+                    positions: None,
                 }
             })
             .collect();

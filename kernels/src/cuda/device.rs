@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
+use super::memory::DeviceSlice;
 use super::{check, grouped_mlp, key_diff, norms, plan, rotate, sample, scores, select, top_k, window_attention};
 
 /// A CUDA stream of the caller's, borrowed.
@@ -95,6 +96,7 @@ pub struct Device {
     device: sys::CUdevice,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
+    kept: Vec<sys::CUdeviceptr>,
     functions: HashMap<&'static str, sys::CUfunction>,
     compute_capability: (i32, i32),
     shared_per_block: u32,
@@ -146,6 +148,7 @@ impl Device {
             device,
             context: primary,
             modules: Vec::new(),
+            kept: Vec::new(),
             functions: HashMap::new(),
             compute_capability: (major, minor),
             shared_per_block: shared as u32,
@@ -185,16 +188,29 @@ impl Device {
         Ok(Entered(PhantomData))
     }
 
+    /// Copies bytes that stay as long as this does, like its kernels: weights. They begin at a multiple of 256. It waits
+    /// for the copy: call it when the engine starts, not while a stream is captured.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`], when there is no memory, too.
+    pub fn keep(&mut self, bytes: &[u8]) -> Result<DeviceSlice<u8>, CudaError> {
+        let _entered = self.enter()?;
+        // SAFETY: the memory is freed when this is dropped.
+        let address =
+            unsafe { result::malloc_sync(bytes.len().max(1)) }.map_err(CudaError::driver("allocating memory"))?;
+        self.kept.push(address);
+        with_stream("copying to the device", |stream| {
+            // SAFETY: the memory is that long, and `bytes` outlives the wait.
+            unsafe { result::memcpy_htod_async(address, bytes, stream.raw()) }
+                .map_err(CudaError::driver("copying to the device"))
+        })?;
+        // SAFETY: nobody else has the memory, and it lives as long as the device, whose kernels alone use it.
+        unsafe { DeviceSlice::new(address, bytes.len()) }
+    }
+
     fn load(&mut self) -> Result<(), CudaError> {
         let _entered = self.enter()?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(CudaError::driver("creating a stream"))?;
-        let loaded = self.load_all(Stream(stream));
-        // SAFETY: the stream is ours; nothing was enqueued on it that outlives this.
-        let done = unsafe { result::stream::synchronize(stream) };
-        // SAFETY: as above.
-        let destroyed = unsafe { result::stream::destroy(stream) };
-        loaded.and(done.and(destroyed).map_err(CudaError::driver("launching the kernels once")))
+        with_stream("launching the kernels once", |stream| self.load_all(stream))
     }
 
     fn load_all(&mut self, stream: Stream) -> Result<(), CudaError> {
@@ -287,6 +303,10 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         if let Ok(_entered) = self.enter() {
+            for &address in &self.kept {
+                // SAFETY: allocated by `keep`, and the work that uses it is done, as is that of the modules.
+                let _ = unsafe { result::free_sync(address) };
+            }
             for &module in &self.modules {
                 // SAFETY: the module is ours, and its work is done. A failure cannot be told to anybody here.
                 let _ = unsafe { result::module::unload(module) };
@@ -295,6 +315,18 @@ impl Drop for Device {
         // SAFETY: retained by `adopt`.
         let _ = unsafe { result::primary_ctx::release(self.device) };
     }
+}
+
+/// Runs work on a stream of its own and waits for it. The context must be current.
+fn with_stream(what: &'static str, work: impl FnOnce(Stream) -> Result<(), CudaError>) -> Result<(), CudaError> {
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+        .map_err(CudaError::driver("creating a stream"))?;
+    let worked = work(Stream(stream));
+    // SAFETY: the stream is ours; nothing was enqueued on it that outlives this.
+    let done = unsafe { result::stream::synchronize(stream) };
+    // SAFETY: as above.
+    let destroyed = unsafe { result::stream::destroy(stream) };
+    worked.and(done.and(destroyed).map_err(CudaError::driver(what)))
 }
 
 /// While it lives, the device's context is current on the thread that made it.

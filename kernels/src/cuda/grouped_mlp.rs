@@ -55,6 +55,14 @@ pub enum Arithmetic {
     TensorCores,
 }
 
+impl Arithmetic {
+    /// The fastest for rows of a dtype and head_dim.
+    pub fn fastest(dtype: Dtype, head_dim: usize) -> Self {
+        let tensor_cores = dtype != Dtype::F32 && matches!(head_dim, 64 | 96 | 128);
+        if tensor_cores { Self::TensorCores } else { Self::Exact }
+    }
+}
+
 /// `y = W3 relu(W2 relu(W1 x + b1) + b2) + b3`, in device memory. `x` is `factor` adjacent rows of one KV head, oldest
 /// first, and `y` is one row of the same `head_dim`.
 #[derive(Debug, Clone, Copy)]
@@ -82,8 +90,7 @@ impl Shape {
         if factor == 0 || head_dim == 0 || factor.checked_mul(head_dim).is_none_or(|inputs| inputs > MOST_INPUTS) {
             return Err(KernelError::Group { factor, head_dim }.into());
         }
-        let tensor_cores = dtype != Dtype::F32 && matches!(head_dim, 64 | 96 | 128);
-        if arithmetic == Arithmetic::TensorCores && !tensor_cores {
+        if arithmetic == Arithmetic::TensorCores && arithmetic != Arithmetic::fastest(dtype, head_dim) {
             let reason =
                 format!("tensor cores take f16 and bf16 at head_dim 64, 96 and 128, not {dtype} at {head_dim}");
             return Err(KernelError::Layout { reason }.into());
@@ -207,6 +214,11 @@ impl GroupedMlp {
     pub fn shape(&self) -> &Shape {
         &self.shape
     }
+
+    /// The packed weights.
+    pub fn weights(&self) -> DeviceSlice<u8> {
+        self.weights
+    }
 }
 
 /// Groups of one K or V of one layer of one sequence, in all its KV heads.
@@ -220,13 +232,16 @@ pub struct Compress {
     pub destination: Rows,
     /// Which rows.
     pub groups: Groups,
+    /// Positions of the destination's rows, the same for all heads: that of a result that is a fault becomes `u32::MAX`,
+    /// which [`adopt`](super::plan::adopt), and so a host, refuses for what it is.
+    pub positions: Option<DeviceSlice<u32>>,
 }
 
 /// Makes one row of each group, as [`crate::grouped_mlp::grouped_mlp`] defines it. Views must not overlap. One launch for
-/// each 440 items of one [`Shape`].
+/// each 399 items of one [`Shape`].
 ///
-/// A result that is not a number or does not fit the dtype is written nevertheless (as infinity or NaN), and the first one
-/// goes into `verdict`, with its row of the destination as place.
+/// A result that is not a number or does not fit the dtype is written nevertheless (as infinity or NaN). It spoils its
+/// position, and the first one goes into `verdict`, with its row of the destination as place.
 ///
 /// Floor: reads each row and writes each result once, `heads * (factor + 1) * count * head_dim * dtype` bytes, and
 /// multiplies, `2 * (factor + 2) * head_dim^2` operations for each group and head. The weights stay in shared memory where
@@ -234,16 +249,18 @@ pub struct Compress {
 ///
 /// # Errors
 /// Another dtype or head_dim than the MLP's; heads that differ; rows outside a view; for tensor cores, rows that are not
-/// 16-byte words; [`CudaError::TooLarge`] for a head_dim beyond shared memory; [`CudaError::Driver`].
+/// 16-byte words; positions that end before the rows do; [`CudaError::TooLarge`] for a head_dim beyond shared memory, or
+/// more items than a verdict can name; [`CudaError::Driver`].
 pub fn grouped_mlp(
     device: &Device,
     stream: Stream,
     items: &[Compress],
     verdict: Option<&Verdict>,
 ) -> Result<(), CudaError> {
-    check_items(items.len())?;
-    let all = (0u32..).zip(items).map(|(number, item)| Task::new(device, item, number));
-    let mut tasks = all.collect::<Result<Vec<_>, _>>()?;
+    if verdict.is_some() {
+        check_items(items.len())?;
+    }
+    let mut tasks = tasks(device, items)?;
     let _entered = device.enter()?;
     while let Some(&Task { shape, plan, .. }) = tasks.first() {
         let (chosen, others): (Vec<_>, Vec<_>) = tasks.into_iter().partition(|task| task.shape == shape);
@@ -254,7 +271,7 @@ pub fn grouped_mlp(
             plain_tile: plan.tile,
             reserved: 0,
         };
-        Batch::<Head, Item, 440>::for_each(head, &chosen, Task::encode, |batch| {
+        Batch::<Head, Item, 399>::for_each(head, &chosen, Task::encode, |batch| {
             let blocks = if plan.persistent { batch.tiles().min(device.multiprocessors()) } else { batch.tiles() };
             let grid = Grid { shared: plan.shared, ..Grid::new(blocks, THREADS) };
             // SAFETY: the kernel takes this batch; rows and weights are lent until the stream has run it.
@@ -263,6 +280,18 @@ pub fn grouped_mlp(
         tasks = others;
     }
     Ok(())
+}
+
+/// Finds out whether [`grouped_mlp`] takes items, and enqueues nothing.
+///
+/// # Errors
+/// As [`grouped_mlp`].
+pub fn check(device: &Device, items: &[Compress]) -> Result<(), CudaError> {
+    tasks(device, items).map(drop)
+}
+
+fn tasks(device: &Device, items: &[Compress]) -> Result<Vec<Task>, CudaError> {
+    (0u32..).zip(items).map(|(number, item)| Task::new(device, item, number)).collect()
 }
 
 const THREADS: u32 = 256;
@@ -338,7 +367,7 @@ struct Task {
 
 impl Task {
     fn new(device: &Device, compress: &Compress, number: u32) -> Result<Self, CudaError> {
-        let &Compress { mlp, source, destination, groups } = compress;
+        let &Compress { mlp, source, destination, groups, positions } = compress;
         let shape = mlp.shape;
         let heads = source.kv_heads();
         for (what, rows) in [("rows of the groups", source), ("destination", destination)] {
@@ -359,6 +388,7 @@ impl Task {
         source.check(0..heads, groups.source_start..source_end)?;
         let destination_end = groups.destination_start.saturating_add(groups.count);
         destination.check(0..heads, groups.destination_start..destination_end)?;
+        let positions = positions.map_or(Ok(0), |positions| positions.at_least("positions", destination_end))?;
         let plan = Plan::new(device, &shape)?;
         let all = heads.saturating_mul(groups.count);
         if all > MOST_GROUPS {
@@ -368,6 +398,7 @@ impl Task {
             source: source.raw_view(),
             destination: destination.raw_view(),
             weights: mlp.weights.address(),
+            positions,
             first_tile: 0,
             number,
             source_start: groups.source_start as u32,
@@ -410,6 +441,7 @@ struct Item {
     source: RawView,
     destination: RawView,
     weights: u64,
+    positions: u64,
     first_tile: u32,
     number: u32,
     source_start: u32,
@@ -422,4 +454,4 @@ struct Item {
     reserved: [u8; 7],
 }
 
-const _: () = assert!(size_of::<Item>() == 72);
+const _: () = assert!(size_of::<Item>() == 80);

@@ -5,7 +5,8 @@
 //!   pageable memory, so it may be captured into a graph. It writes when the stream gets there.
 //! - It takes a batch: views of several layers and sequences, whose descriptions travel in the launch's parameters. What
 //!   does not fit one launch takes several; each operation says how many items fit.
-//! - Memory is the caller's. An operation that needs working memory says how much (`scratch_bytes`).
+//! - Memory is the caller's. An operation that needs working memory says how much (`scratch_bytes`). What must lie there
+//!   as long as the kernels do, [`Device::keep`] allocates.
 //! - What only the device can find (a bad index, a score that is NaN) is written into a [`Verdict`] there. Operations
 //!   that move rows take the verdict and do nothing where it holds a fault.
 //! - A sequence gets the same bytes alone and in any batch, on any part of the device's processors.

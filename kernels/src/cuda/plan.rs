@@ -10,7 +10,11 @@ use super::verdict::{Verdict, check_items};
 
 pub(crate) const FAMILY: Family = Family {
     image: &Image(*include_bytes!("../../prebuilt/plan.fatbin")),
-    kernels: &[Kernel { name: "adopt_u32", shared: 0 }, Kernel { name: "spaced_u32", shared: 0 }],
+    kernels: &[
+        Kernel { name: "adopt_u32", shared: 0 },
+        Kernel { name: "spaced_u32", shared: 0 },
+        Kernel { name: "progressions_u32", shared: 0 },
+    ],
 };
 
 /// Positions of the rows that one layer of one sequence stores.
@@ -44,7 +48,8 @@ pub enum List {
         /// Positions of all rows.
         old: Positions,
     },
-    /// New rows by the positions that they stand for, which must be ascending, each below `limit`.
+    /// New rows by the positions that they stand for, which must be ascending, each below `limit`. `u32::MAX` says that
+    /// the row could not be computed: [`FaultKind::TooLarge`](super::FaultKind::TooLarge).
     NewRows {
         /// The positions.
         positions: Indices,
@@ -135,6 +140,40 @@ pub fn spaced(device: &Device, stream: Stream, items: &[Spaced]) -> Result<(), C
     Batch::<u64, SpacedItem, 998>::for_each(0, &encoded, encode, |batch| {
         // SAFETY: the kernel takes this batch; the lists are lent until the stream has run it.
         unsafe { device.launch(stream, "spaced_u32", Grid::new(batch.tiles(), 256), batch) }
+    })
+}
+
+/// An arithmetic progression, like the positions of rows that stand for evenly spaced tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Progression {
+    /// The first number.
+    pub first: u32,
+    /// From one number to the next.
+    pub step: u32,
+    /// The numbers.
+    pub out: DeviceSlice<u32>,
+}
+
+/// Writes arithmetic progressions: place `i` is `first + i * step`. 1,332 items fit one launch.
+///
+/// # Errors
+/// [`CudaError::TooLarge`] for a last number above `u32::MAX`; [`CudaError::Driver`].
+pub fn progressions(device: &Device, stream: Stream, items: &[Progression]) -> Result<(), CudaError> {
+    let encoded = items.iter().map(|&Progression { first, step, out }| {
+        let last = (out.len().saturating_sub(1)).saturating_mul(step as usize).saturating_add(first as usize);
+        if last > u32::MAX as usize || out.len() > u32::MAX as usize {
+            return Err(CudaError::TooLarge { what: "the last number", found: last, most: u32::MAX as usize });
+        }
+        Ok(ProgressionItem { out: out.address(), first, step, count: out.len() as u32, first_tile: 0 })
+    });
+    let encoded = encoded.collect::<Result<Vec<_>, _>>()?;
+    let encode = |item: &ProgressionItem, _: &mut _, place: Place| {
+        Some((ProgressionItem { first_tile: place.first_tile, ..*item }, item.count.div_ceil(TILE)))
+    };
+    let _entered = device.enter()?;
+    Batch::<u64, ProgressionItem, 1332>::for_each(0, &encoded, encode, |batch| {
+        // SAFETY: the kernel takes this batch; the lists are lent until the stream has run it.
+        unsafe { device.launch(stream, "progressions_u32", Grid::new(batch.tiles(), 256), batch) }
     })
 }
 
@@ -238,4 +277,15 @@ struct SpacedItem {
     length: u32,
     first_tile: u32,
     unused: u32,
+}
+
+/// `Progression` of plan.cu.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct ProgressionItem {
+    out: u64,
+    first: u32,
+    step: u32,
+    count: u32,
+    first_tile: u32,
 }

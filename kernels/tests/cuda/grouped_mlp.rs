@@ -107,6 +107,7 @@ impl Pair {
             source: self.source_on_device.rows(),
             destination: self.destination_on_device.rows(),
             groups: self.groups,
+            positions: None,
         }
     }
 
@@ -242,8 +243,12 @@ fn a_result_that_does_not_fit_is_a_fault() {
             source: from.rows(),
             destination: to.rows(),
             groups: Groups { source_start: 0, count: 90, destination_start: 5 },
+            positions: None,
         };
-        let good = Compress { groups: Groups { count: 27, ..item.groups }, ..item };
+        let positions: Vec<u32> = (0..100).collect();
+        let (of_good, of_item) = (Memory::of(&positions), Memory::of(&positions));
+        let good = Compress { groups: Groups { count: 27, ..item.groups }, positions: Some(of_good.slice()), ..item };
+        let item = Compress { positions: Some(of_item.slice()), ..item };
         let judge = Judge::new();
         for (items, expected) in [
             (vec![good], Outcome::Good),
@@ -253,5 +258,9 @@ fn a_result_that_does_not_fit_is_a_fault() {
             grouped_mlp(device, stream.stream(), &items, Some(&judge.verdict())).unwrap();
             assert_eq!(judge.outcome(device, &stream), expected);
         }
+        // The position of that row alone is spoilt, and of that item alone.
+        let spoilt: Vec<u32> = positions.iter().map(|&place| if place == 32 { u32::MAX } else { place }).collect();
+        assert_eq!(of_good.values::<u32>(), positions);
+        assert_eq!(of_item.values::<u32>(), spoilt);
     }
 }

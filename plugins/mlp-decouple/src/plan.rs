@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvhook_abi::{Call, Memory, Plan, PluginError, Request, Requests, SequenceView};
+use kvhook_abi::plan::LentLayer;
+use kvhook_abi::{Call, LayerView, Memory, Plan, PluginError, Request, Requests, SequenceView};
 use kvhook_kernels::grouped_mlp::{Groups, grouped_mlp};
 use kvhook_kernels::{Indices, KernelError, Rows, parallel, select};
 
@@ -13,6 +14,53 @@ use crate::stretches::{self, PositionRule, Run};
 
 /// Operations that take about as long as moving a byte, for the choice of the number of threads.
 const OPERATIONS_PER_BYTE: usize = 8;
+
+/// What becomes of one layer of a sequence.
+pub struct Rewrite<'a> {
+    /// The layer.
+    pub layer: LayerView<'a>,
+    /// The rows that it becomes.
+    pub lent: LentLayer<'a>,
+    /// Where they come from.
+    pub runs: Vec<Run>,
+}
+
+/// Borrows the new rows of a sequence, and says for each layer that has a plan what they are made from.
+///
+/// # Errors
+/// [`Kept`] when it is not compressed.
+pub fn rewrites<'a>(
+    settings: &Settings,
+    sequence: &SequenceView<'a>,
+    plan: &mut Plan<'a>,
+) -> Result<Vec<Rewrite<'a>>, Kept> {
+    let layers = sequence.layers().collect::<Result<Vec<_>, _>>()?;
+    let lengths: Vec<u64> = layers.iter().map(|layer| layer.length() as u64).collect();
+    let position = sequence.next_position();
+    let layout = settings.layout(sequence.epoch(), position, sequence.segments(), &lengths)?;
+    let lent = plan.lend_rows()?;
+    let mut rewrites = Vec::with_capacity(layers.len());
+    let mut moved = 0;
+    for ((layer, runs), lent) in layers.into_iter().zip(layout).zip(lent) {
+        let number = layer.index();
+        if !layer.is_planned() {
+            continue;
+        }
+        let (length, count) = (layer.length() as u64, stretches::rows(&runs));
+        if !settings.layers[number] && length != position {
+            return Err(Kept::Foreign { layer: number, length, position, factor: settings.factor });
+        }
+        if lent.length() as u64 != count {
+            return Err(Kept::Lent { layer: number, found: lent.length(), expected: count as usize });
+        }
+        moved = moved.max(count);
+        rewrites.push(Rewrite { layer, lent, runs });
+    }
+    if settings.positions == PositionRule::Compacted {
+        plan.move_positions(moved)?;
+    }
+    Ok(rewrites)
+}
 
 /// All that plans are made from.
 pub struct Planner<'a> {
@@ -99,34 +147,18 @@ impl Planner<'_> {
         Ok(failures.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Borrows the new rows, says what they stand for, and adds the tasks that fill them.
+    /// Says what the new rows stand for, and adds the tasks that fill them.
     fn lay_out<'a>(
         &'a self,
-        sequence: &SequenceView<'_>,
-        plan: &mut Plan<'_>,
+        sequence: &SequenceView<'a>,
+        plan: &mut Plan<'a>,
         index: usize,
         tasks: &mut Vec<Task<'a>>,
     ) -> Result<(), Kept> {
-        let layers = sequence.layers().collect::<Result<Vec<_>, _>>()?;
-        let lengths: Vec<u64> = layers.iter().map(|layer| layer.length() as u64).collect();
         let settings = self.settings;
-        let position = sequence.next_position();
-        let layout = settings.layout(sequence.epoch(), position, sequence.segments(), &lengths)?;
-        let lent = plan.lend_rows()?;
-        let mut moved = 0;
-        for ((layer, runs), lent) in layers.iter().zip(layout).zip(&lent) {
+        for Rewrite { layer, lent, runs } in rewrites(settings, sequence, plan)? {
             let number = layer.index();
-            if !layer.is_planned() {
-                continue;
-            }
-            let (length, count) = (layer.length() as u64, stretches::rows(&runs) as usize);
-            if !settings.layers[number] && length != position {
-                return Err(Kept::Foreign { layer: number, length, position, factor: settings.factor });
-            }
-            if lent.length() != count {
-                return Err(Kept::Lent { layer: number, found: lent.length(), expected: count });
-            }
-            let positions = plan.rewrite(number, count, true)?;
+            let positions = plan.rewrite(number, lent.length(), true)?;
             match settings.positions {
                 PositionRule::Logical => {
                     let new = runs.iter().flat_map(Run::positions);
@@ -134,7 +166,6 @@ impl Planner<'_> {
                 }
                 PositionRule::Compacted => positions.iter_mut().zip(0..).for_each(|(out, place)| *out = place),
             }
-            moved = moved.max(count as u64);
             let Some(mlps) = self.mlps.layer(number) else {
                 return Err(Kept::Layers { found: number + 1, expected: settings.layers.len() });
             };
@@ -143,9 +174,6 @@ impl Planner<'_> {
                 let runs = runs.clone();
                 tasks.push(Task { sequence: index, layer: number, part, mlps, runs, source, destination });
             }
-        }
-        if settings.positions == PositionRule::Compacted {
-            plan.move_positions(moved)?;
         }
         Ok(())
     }

@@ -163,6 +163,11 @@ const TRUNCATE_ON_CUDA: [&str; 10] = [
     "history=sample,importance=attention,keep=0.5",
 ];
 
+#[cfg(feature = "cuda")]
+#[path = "mlp_decouple/weights.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod weights;
+
 /// Says "skipped" where there is no CUDA device.
 #[cfg(feature = "cuda")]
 #[test]
@@ -182,6 +187,34 @@ fn an_engine_on_a_gpu_keeps_what_it_keeps_in_memory() {
     // An edit of the block table.
     let blocks = ["--config", "align=block,budget=400,every=100", "--cache", "paged"];
     run(&mut engine.command(&engine.put("truncate"), &blocks));
+}
+
+/// The rows that `mlp-decouple` makes on a GPU beside those that it makes in memory: every byte in f32; on tensor cores
+/// within four half steps of the dtype at a row's largest, the bound of `Arithmetic::TensorCores`.
+#[cfg(feature = "cuda")]
+#[test]
+fn an_engine_on_a_gpu_makes_the_rows_that_it_makes_in_memory() {
+    let engine = Engine::build_of("c++", "cuda_engine.cpp");
+    let plugin = engine.put("mlp_decouple");
+    for factor in [2, 5] {
+        let file = weights::Weights::random(factor, 64, 3, false).write(engine.place.root(), "weights.kvcm");
+        let config = format!("weights={},positions=logical,every=100", file.display());
+        for (dtype, bound) in [("f32", "0"), ("f16", "0.001953125"), ("bf16", "0.015625")] {
+            for (cache, ranks) in [("contiguous", "1"), ("paged", "1"), ("paged", "2")] {
+                let arguments = ["--config", &config, "--cache", cache, "--dtype", dtype, "--bound", bound];
+                let output = run(engine.command(&plugin, &arguments).args(["--late", "3", "--ranks", ranks]));
+                let text = String::from_utf8(output.stdout).unwrap();
+                assert!(text.contains(": 2 commits, ") || text.starts_with("skipped"), "{text}");
+            }
+        }
+        // Results above 65,504, the most that f16 holds: the device finds them, and the plan is dropped for what it is.
+        let mut large = weights::Weights::random(factor, 64, 3, false);
+        large.layers[1][0].0[2].0.iter_mut().for_each(|weight| *weight *= 1e7);
+        let config = format!("weights={},positions=logical", large.write(engine.place.root(), "large.kvcm").display());
+        let output = engine.command(&plugin, &["--config", &config, "--dtype", "f16"]).output().unwrap();
+        let [out, error] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        assert!(out.starts_with("skipped") || error.contains("layer 1: new row 4 of a head: a result is"), "{error}");
+    }
 }
 
 /// The second generations of `generation2.c`.

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use cudarc::driver::sys;
+use kvhook_abi::raw::KVH_REASON_OTHER;
 use kvhook_kernels::cuda::verdict::{FaultKind, Outcome};
 use parking_lot::Mutex;
 
@@ -147,6 +148,9 @@ impl Word {
         let (layer, limit) = self.items.get(fault.item).copied().unwrap_or_default();
         let refusal = match limit {
             None => Refusal::new(KVHOOK_REASON_BAD_INDEX, format!("head {head}, place {place}: {}", fault.kind)),
+            Some(_) if fault.kind == FaultKind::TooLarge => {
+                Refusal::new(KVH_REASON_OTHER, format!("new row {place} of a head: {}", fault.kind))
+            }
             Some(limit) => {
                 let problem = match fault.kind {
                     FaultKind::Descending => "a position is lower than the one before it",
