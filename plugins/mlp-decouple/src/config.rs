@@ -58,8 +58,11 @@ kvhook_abi::config! {
         sinks: Option<u32> = null;
         /// Tokens at the end that are kept as they are; from the weight file if not given, else 32.
         recent: Option<u32> = null;
-        /// Layers that are compressed, like "3", "0-3" or "4-"; all if not given.
-        layers: Option<LayerRange> = null;
+        /// First position from which on rows are kept as they are; from the weight file if not given, else none. Weights
+        /// are only good for positions that they were trained on: above the file's it is refused.
+        max_position: Option<u32> = null, from 1;
+        /// Layers that are compressed: ranges like "3", "0-3", "4-", in JSON also several, "0-3,28-"; all if not given.
+        layers: Option<LayerRanges> = null;
         /// Which tokens the MLPs for images take; from the weight file if not given, else prefix.
         image_rule: Option<ImageRuleWord> = null;
         /// Positions that the weights were trained for; required unless the weight file says it.
@@ -71,35 +74,46 @@ kvhook_abi::config! {
     }
 }
 
-/// A range of layers as it is written.
+/// Ranges of layers as they are written.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LayerRange(pub String);
+pub struct LayerRanges(pub String);
 
-impl ConfigValue for LayerRange {
+impl ConfigValue for LayerRanges {
     const KIND: &'static str = "string";
-    const ALLOWED: &'static str = "a range of layers like \"3\", \"0-3\" or \"4-\"";
+    const ALLOWED: &'static str = "ranges of layers like \"3\", \"0-3\", \"4-\" or, in JSON, \"0-3,28-\"";
     fn from_json(value: &JsonValue) -> Option<Self> {
         // The short form reads `layers=3` as a number.
         value.as_str().map(str::to_owned).or_else(|| value.as_u64().map(|layer| layer.to_string())).map(Self)
     }
 }
 
-impl LayerRange {
-    /// Whether each of `count` layers is in the range.
+impl LayerRanges {
+    /// Whether each of `count` layers is in a range.
     fn by_layer(&self, count: usize) -> Result<Vec<bool>, ConfigError> {
-        let number = |text: &str| text.parse::<usize>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
-        let (first, last) = self.0.split_once('-').unwrap_or((&self.0, &self.0));
-        let last = if last.is_empty() { count.checked_sub(1) } else { number(last) };
-        match (number(first), last) {
-            (Some(first), Some(last)) if first <= last && last < count => {
-                Ok((0..count).map(|layer| (first..=last).contains(&layer)).collect())
-            }
-            _ => {
-                let allowed = format!("a range like \"3\", \"0-3\" or \"4-\" of this model's {count} layers");
-                Err(ConfigError::bad_value("layers", format!("{:?}", self.0), &allowed))
+        let refuse = |allowed: &str| ConfigError::bad_value("layers", format!("{:?}", self.0), allowed);
+        let mut named = vec![false; count];
+        for range in self.0.split(',') {
+            let (first, last) = layer_range(range, count)
+                .ok_or_else(|| refuse(&format!("ranges like \"3\", \"0-3\", \"4-\" of this model's {count} layers")))?;
+            for layer in &mut named[first..=last] {
+                if std::mem::replace(layer, true) {
+                    return Err(refuse("ranges that do not overlap"));
+                }
             }
         }
+        Ok(named)
     }
+}
+
+/// First and last layer of a range as it is written.
+fn layer_range(text: &str, count: usize) -> Option<(usize, usize)> {
+    let number = |text: &str| text.parse::<usize>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let (first, last) = match text.split_once('-') {
+        None => (number(text)?, number(text)?),
+        Some((first, "")) => (number(first)?, count.checked_sub(1)?),
+        Some((first, last)) => (number(first)?, number(last)?),
+    };
+    (first <= last && last < count).then_some((first, last))
 }
 
 /// The config, checked, for one model and one weight file.
@@ -113,6 +127,8 @@ pub struct Settings {
     pub sinks: u64,
     /// Tokens at the end that are kept.
     pub recent: u64,
+    /// First position from which on rows are kept; `u64::MAX`: none.
+    pub max_position: u64,
     /// Sequences with fewer tokens are kept.
     pub min_tokens: u64,
     /// Groups that a stretch must have.
@@ -231,7 +247,7 @@ impl Settings {
             return Err(ConfigError::bad_value("every", config.every, allowed).into());
         }
         let named = match &config.layers {
-            Some(range) => range.by_layer(context.model.layers.len())?,
+            Some(ranges) => ranges.by_layer(context.model.layers.len())?,
             None => vec![true; context.model.layers.len()],
         };
         let planned = || context.model.layers.iter().zip(&named).filter(|(layer, _)| layer.is_planned());
@@ -260,6 +276,7 @@ impl Settings {
                 .collect(),
             sinks: config.sinks.or(terms.sinks).unwrap_or(4).into(),
             recent: config.recent.or(terms.recent).unwrap_or(32).into(),
+            max_position: max_position(config, terms)?,
             min_tokens: config.min_tokens,
             min_groups: config.min_groups.unwrap_or(terms.min_groups as u64).max(1),
             min_gain: config.min_gain,
@@ -291,8 +308,8 @@ impl Settings {
         if self.positions == PositionRule::Compacted && epoch > 0 {
             return Err(Kept::Compacted);
         }
-        let end = position.saturating_sub(self.recent);
-        let mut stretches = stretches::stretches(self.image_rule, segments.iter(), self.sinks, end);
+        let open = stretches::open(position, self.sinks, self.recent, self.max_position);
+        let mut stretches = stretches::stretches(self.image_rule, segments.iter(), open);
         if !self.images {
             stretches.retain(|stretch| stretch.kind == stretches::Kind::Text);
         }
@@ -340,6 +357,17 @@ fn positions(config: &Config, terms: &Terms) -> Result<PositionRule, ConfigError
     }
 }
 
+/// The bound of the config, which may be below the file's, or that of the file.
+fn max_position(config: &Config, terms: &Terms) -> Result<u64, ConfigError> {
+    match (config.max_position, terms.max_position) {
+        (Some(given), Some(file)) if given > file => {
+            let allowed = format!("at most {file}, beyond which the weights were not trained, or unset");
+            Err(ConfigError::bad_value("max_position", given, &allowed))
+        }
+        (given, file) => Ok(given.or(file).map_or(u64::MAX, u64::from)),
+    }
+}
+
 fn image_rule(config: &Config, terms: &Terms) -> Result<ImageRule, ConfigError> {
     let word = |rule| match rule {
         ImageRule::Prefix => "prefix",
@@ -355,5 +383,26 @@ fn image_rule(config: &Config, terms: &Terms) -> Result<ImageRule, ConfigError> 
             Err(ConfigError::bad_value("image_rule", word(given), &allowed))
         }
         (given, file) => Ok(given.or(file).unwrap_or(ImageRule::Prefix)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_layers() {
+        let named = |text: &str| {
+            let layers = LayerRanges(text.into()).by_layer(6);
+            layers.map(|layers| (0..6).filter(|layer| layers[*layer]).collect::<Vec<_>>())
+        };
+        for (text, layers) in [("3", &[3][..]), ("0-2", &[0, 1, 2]), ("4-", &[4, 5]), ("5-,0-1,3", &[0, 1, 3, 5])] {
+            assert_eq!(named(text).unwrap(), layers);
+        }
+        for (text, words) in [("6", "of this model's 6 layers"), ("2-1", "of this"), ("", "of this"), ("1,", "of this")]
+        {
+            assert!(named(text).unwrap_err().to_string().contains(words), "{text}");
+        }
+        assert!(named("0-3,3").unwrap_err().to_string().contains("do not overlap"));
     }
 }

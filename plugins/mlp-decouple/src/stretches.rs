@@ -4,6 +4,8 @@
 //! the same groups as one that is compressed once at its end. Compressed groups are always the first ones of that grid,
 //! and each of them made `factor` rows into one: `(position - length) / (factor - 1)` says how many there are already.
 
+use std::ops::Range;
+
 use kvhook_abi::view::{Segment, SegmentKind};
 pub use kvhook_mlp_weights::{ImageRule, PositionRule};
 
@@ -79,11 +81,17 @@ pub fn rows(runs: &[Run]) -> u64 {
     runs.iter().map(Run::count).sum()
 }
 
-/// The stretches among tokens `first..end`, ascending. Tokens of kinds that nobody knows are in none.
+/// Tokens that may be in a group, of a sequence whose next token has `position`: behind the first `sinks`, before the
+/// last `recent` and before `max_position`. Its end never falls while a sequence grows, so no group is ever undone.
+pub fn open(position: u64, sinks: u64, recent: u64, max_position: u64) -> Range<u64> {
+    sinks..position.saturating_sub(recent).min(max_position)
+}
+
+/// The stretches among the `open` tokens, ascending. Tokens of kinds that nobody knows are in none.
 ///
 /// Text that touches text is one stretch, also across segments; each image segment is one of its own. With
 /// [`ImageRule::Prefix`] all tokens up to the last one of an image are one image stretch.
-pub fn stretches(rule: ImageRule, segments: impl Iterator<Item = Segment>, first: u64, end: u64) -> Vec<Stretch> {
+pub fn stretches(rule: ImageRule, segments: impl Iterator<Item = Segment>, open: Range<u64>) -> Vec<Stretch> {
     let mut all: Vec<Stretch> = Vec::new();
     let mut add = |kind: Kind, from: u64, to: u64| match all.last_mut() {
         _ if from >= to => {}
@@ -114,10 +122,10 @@ pub fn stretches(rule: ImageRule, segments: impl Iterator<Item = Segment>, first
         all.insert(0, Stretch { kind: Kind::Image, start: 0, end: image_end });
     }
     // Segments that overlap, which a host should not give, do not make stretches overlap.
-    let mut first = first;
+    let mut first = open.start;
     for stretch in &mut all {
         stretch.start = stretch.start.max(first);
-        stretch.end = stretch.end.min(end);
+        stretch.end = stretch.end.min(open.end);
         first = first.max(stretch.end);
     }
     all.retain(|stretch| stretch.start < stretch.end);
@@ -195,16 +203,25 @@ mod tests {
     }
 
     /// Compresses a cache token by token, the way the original does: walks each stretch and takes its groups.
-    fn compress(cache: &Cache, rule: ImageRule, segments: &[Segment], open: std::ops::Range<u64>, min: u64) -> Cache {
-        let of = |position: u64| if open.contains(&position) { label(rule, segments, position).0 } else { 0 };
+    /// A group is taken when its last token lies below `most`, and a stretch when it has `min` of such groups.
+    fn compress(
+        cache: &Cache,
+        rule: ImageRule,
+        segments: &[Segment],
+        unprotected: Range<u64>,
+        most: u64,
+        min: u64,
+    ) -> Cache {
+        let of = |position: u64| if unprotected.contains(&position) { label(rule, segments, position).0 } else { 0 };
         let mut out = Cache::new();
         let mut place = 0;
         let total = cache.iter().flatten().count() as u64;
-        let size = |number: u64| (0..total).filter(|position| of(*position) == number).count() as u64;
+        let size = |number: u64| (0..total.min(most)).filter(|position| of(*position) == number).count() as u64;
         while place < cache.len() {
             let number = of(cache[place][0]);
             let group = cache.get(place..place + F as usize).filter(|rows| {
-                number != 0 && size(number) / F >= min && rows.iter().all(|row| row.len() == 1 && of(row[0]) == number)
+                let whole = rows.iter().all(|row| row.len() == 1 && of(row[0]) == number);
+                number != 0 && size(number) / F >= min && whole && rows[rows.len() - 1][0] < most
             });
             match group {
                 Some(rows) => {
@@ -256,20 +273,30 @@ mod tests {
         let mut compressed = 0;
         for segments in layouts() {
             for rule in [ImageRule::Prefix, ImageRule::Segments] {
-                for (sinks, recent, min) in [(0, 0, 1), (4, 0, 1), (0, 5, 2), (2, 3, 3), (4, 32, 2)] {
+                let mut each = vec![];
+                for most in [0, 1, 6, 19, 31, 38, 39, 40, 64, u64::MAX] {
+                    each.extend(
+                        [(0, 0, 1), (4, 0, 1), (0, 5, 2), (2, 3, 3), (4, 32, 2)].map(|(s, r, m)| (s, r, m, most)),
+                    );
+                }
+                for (sinks, recent, min, most) in each {
                     let mut cache = Cache::new();
                     let mut position = 0;
                     for step in [1, 11, 2, 3, 17, 1, 1, 20, 9] {
                         cache.extend((position..position + step).map(|position| vec![position]));
                         position += step;
-                        let end = position.saturating_sub(recent);
-                        let stretches = stretches(rule, segments.iter().copied(), sinks, end);
+                        let unprotected = sinks..position.saturating_sub(recent);
+                        let open = open(position, sinks, recent, most);
+                        let stretches = stretches(rule, segments.iter().copied(), open);
                         let runs = runs(&stretches, F, min, cache.len() as u64, position).unwrap();
                         let new = carry_out(&cache, &runs, rule, &segments);
-                        assert_eq!(new, compress(&cache, rule, &segments, sinks..end, min), "{segments:?} {rule:?}");
+                        let original = |cache| compress(cache, rule, &segments, unprotected.clone(), most, min);
+                        assert_eq!(new, original(&cache), "{segments:?} {rule:?}");
                         let whole: Cache = (0..position).map(|position| vec![position]).collect();
-                        assert_eq!(new, compress(&whole, rule, &segments, sinks..end, min), "once at the end");
+                        assert_eq!(new, original(&whole), "once at the end");
                         assert_eq!(rows(&runs), new.len() as u64);
+                        let raw = (most..position).filter(|position| new.contains(&vec![*position])).count() as u64;
+                        assert_eq!(raw, position.saturating_sub(most), "all rows from max_position on are raw");
                         compressed += cache.len() - new.len();
                         cache = new;
                     }
@@ -284,7 +311,7 @@ mod tests {
         // FastCache's count: floor(n / f) + n mod f, segment by segment.
         let segments = [segment(SegmentKind::Image, 5, 20)];
         for (rule, parts) in [(ImageRule::Prefix, &[25, 38][..]), (ImageRule::Segments, &[5, 20, 38])] {
-            let stretches = stretches(rule, segments.iter().copied(), 0, 63);
+            let stretches = stretches(rule, segments.iter().copied(), 0..63);
             let expected: u64 = parts.iter().map(|n| n / F + n % F).sum();
             assert_eq!(rows(&runs(&stretches, F, 1, 63, 63).unwrap()), expected);
         }
@@ -293,7 +320,7 @@ mod tests {
     #[test]
     fn overlapping_segments_give_stretches_one_behind_the_other() {
         let segments = [segment(SegmentKind::Image, 5, 20), segment(SegmentKind::Image, 10, u64::MAX)];
-        let found = stretches(ImageRule::Segments, segments.into_iter(), 2, 40);
+        let found = stretches(ImageRule::Segments, segments.into_iter(), 2..40);
         let kinds: Vec<_> = found.iter().map(|stretch| (stretch.kind, stretch.start, stretch.end)).collect();
         assert_eq!(kinds, [(Kind::Text, 2, 5), (Kind::Image, 5, 25), (Kind::Image, 25, 40)]);
         assert!(runs(&found, F, 1, 40, 40).is_some());
@@ -301,7 +328,7 @@ mod tests {
 
     #[test]
     fn rows_that_another_compressed_are_noticed() {
-        let text = stretches(ImageRule::Segments, [].into_iter(), 0, 30);
+        let text = stretches(ImageRule::Segments, [].into_iter(), 0..30);
         assert_eq!(runs(&text, 3, 1, 29, 30), None, "one row less is no group");
         assert_eq!(runs(&text, 3, 1, 8, 30), None, "more groups than there are");
         assert_eq!(runs(&text, 3, 1, 31, 30), None);

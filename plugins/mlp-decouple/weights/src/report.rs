@@ -129,6 +129,7 @@ impl Report {
         line("min_groups", terms.min_groups.to_string())?;
         line("sinks", terms.sinks.map_or_else(unknown, |n| n.to_string()))?;
         line("recent", terms.recent.map_or_else(unknown, |n| n.to_string()))?;
+        line("max_position", terms.max_position.map_or_else(unknown, |n| n.to_string()))?;
         line("training", if terms.training.is_empty() { unknown() } else { one_line(&terms.training) })?;
         if let Some(v1) = &self.v1 {
             line(

@@ -207,6 +207,9 @@ impl<'a> Stored<'a> {
             Err(WeightsError::Contradiction { field, found: found.to_string(), expected })
         };
         equal("min_groups", self.terms.min_groups, self.terms.min_groups.max(1), "the least")?;
+        if self.terms.max_position == Some(0) {
+            equal("max_position", 0, 1, "the least")?;
+        }
         let Some(model) = &self.terms.model else { return Ok(()) };
         equal("model.layers", model.layers, self.layers.len(), "the layers of the tensors")?;
         equal("model.head_dim", model.head_dim, self.head_dim, "the rows of the first matrix")?;

@@ -72,6 +72,10 @@ pub struct Terms {
     /// Entries kept raw at the end; None when the file does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recent: Option<u32>,
+    /// First position that the weights do not know, at least 1: K is compressed after RoPE, so weights are only good for
+    /// positions that they were trained on. Rows from there on stay raw. None when the file does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_position: Option<u32>,
     /// Rows that the image MLPs take; None when the file does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_rule: Option<ImageRule>,
@@ -90,6 +94,7 @@ impl Default for Terms {
             min_groups: 1,
             sinks: None,
             recent: None,
+            max_position: None,
             image_rule: None,
             training: String::new(),
         }

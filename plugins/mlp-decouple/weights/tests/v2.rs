@@ -29,6 +29,7 @@ fn terms() -> Terms {
         min_groups: 2,
         sinks: Some(4),
         recent: Some(32),
+        max_position: Some(4096),
         image_rule: Some(ImageRule::Prefix),
         training: "none, counted up".into(),
     }
@@ -110,7 +111,7 @@ fn a_file_without_version_1_behind_it_loads() {
 #[test]
 fn each_wrong_entry_has_its_own_message() {
     type Change = fn(&mut Parts);
-    let cases: [(Change, &str); 24] = [
+    let cases: [(Change, &str); 26] = [
         (|p| p.metadata = None, "no metadata entry `kvhook_mlp`"),
         (|p| *p.entry() = json!([1]), "metadata `kvhook_mlp`"),
         (|p| p.entry()["format_version"] = 3.into(), "format_version: found 3"),
@@ -120,6 +121,8 @@ fn each_wrong_entry_has_its_own_message() {
         (|p| p.entry()["pairing"] = "odd".into(), "unknown variant `odd`"),
         (|p| p.entry()["colour"] = "red".into(), "unknown field `colour`"),
         (|p| p.entry()["min_groups"] = 0.into(), "min_groups: found 0, expected 1"),
+        (|p| p.entry()["max_position"] = 0.into(), "max_position: found 0, expected 1, the least"),
+        (|p| p.entry()["max_position"] = (-1).into(), "expected u32"),
         (|p| p.entry()["model"]["layers"] = 3.into(), "model.layers: found 3, expected 2"),
         (|p| p.entry()["model"]["head_dim"] = 6.into(), "model.head_dim: found 6, expected 4"),
         (|p| p.entry()["model"]["rotary_dim"] = 6.into(), "model.rotary_dim: found 6, expected an even number up to"),

@@ -37,7 +37,10 @@ impl Dtype {
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub layers: usize,
+    /// KV heads over all ranks.
     pub heads: usize,
+    /// Ranks that split the KV heads evenly.
+    pub ranks: usize,
     pub dim: usize,
     pub capacity: usize,
     pub dtype: Dtype,
@@ -45,6 +48,13 @@ pub struct Shape {
     pub block_size: usize,
     pub pairing: i32,
     pub can: u64,
+}
+
+impl Shape {
+    /// KV heads of a rank.
+    fn rank_heads(self) -> usize {
+        self.heads / self.ranks
+    }
 }
 
 /// Bytes that the host has from the engine.
@@ -85,7 +95,8 @@ unsafe extern "C" fn free(
     }
 }
 
-/// K and V of all layers; the row of (tensor `2 * layer + part`, head, token) by an address rule of its own.
+/// K and V of all layers, one rank behind the other; the row of (tensor `2 * layer + part`, head, token) by an address
+/// rule of its own.
 #[derive(Clone)]
 pub struct Cache {
     shape: Shape,
@@ -103,12 +114,14 @@ impl Cache {
     }
 
     fn at(&self, tensor: usize, head: usize, token: usize) -> usize {
-        let Shape { heads, capacity, dim, dtype, block_size, .. } = self.shape;
+        let Shape { layers, capacity, dim, dtype, block_size, .. } = self.shape;
+        let heads = self.shape.rank_heads();
+        let (rank, head) = (head / heads, head % heads);
         let row = match block_size {
             0 => head * capacity + token,
             size => (self.table[token / size] as usize * heads + head) * size + token % size,
         };
-        (tensor * heads * capacity + row) * dim * dtype.size()
+        ((rank * 2 * layers + tensor) * heads * capacity + row) * dim * dtype.size()
     }
 
     fn set(&mut self, tensor: usize, head: usize, token: usize, values: &[f32]) {
@@ -134,10 +147,12 @@ impl Cache {
         self.bytes[at..at + self.shape.dim * size].chunks(size).map(value).collect()
     }
 
-    fn layers(&mut self, lengths: &[u64]) -> Vec<KvhLayer> {
-        let Shape { heads, capacity, dim, dtype, block_size, .. } = self.shape;
+    /// The layers of one rank.
+    fn layers(&mut self, rank: usize, lengths: &[u64]) -> Vec<KvhLayer> {
+        let Shape { layers, capacity, dim, dtype, block_size, .. } = self.shape;
+        let heads = self.shape.rank_heads();
         let row = dim * dtype.size();
-        let base = self.bytes.as_mut_ptr();
+        let base = self.bytes.as_mut_ptr().wrapping_add(rank * 2 * layers * heads * capacity * row);
         let rows = |tensor: usize| KvhRows {
             base: base.wrapping_add(tensor * heads * capacity * row).cast(),
             stride_block: (heads * block_size * row) as i64,
@@ -193,7 +208,6 @@ fn call(body: impl FnOnce(*mut KvhText) -> i32) -> Result<(), String> {
 pub struct Engine {
     host: *mut KvhookHost,
     counter: Box<Counter>,
-    random: Random,
     pub shape: Shape,
     pub cache: Cache,
     pub lengths: Vec<u64>,
@@ -202,7 +216,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads the plugin with a config.
+    /// Loads the plugin with a config, as the arm `arm`.
     pub fn new(shape: Shape, config: &str) -> Result<Self, String> {
         let counter = Box::<Counter>::default();
         let callbacks = KvhookCallbacks {
@@ -219,20 +233,20 @@ impl Engine {
             flags: 0,
             window: 0,
             shared_with: -1,
-            kv_heads: shape.heads as u32,
+            kv_heads: shape.rank_heads() as u32,
             // Grouped-query attention: the plugin must not care.
-            q_heads: 3 * shape.heads as u32,
+            q_heads: 3 * shape.rank_heads() as u32,
             k_head_dim: shape.dim as u32,
             v_head_dim: shape.dim as u32,
         };
         let infos: Vec<_> = (0..shape.layers).map(|_| info()).collect();
-        let model = [KvhModel {
+        let model = |rank: usize| KvhModel {
             struct_size: size_of::<KvhModel>(),
             name: KvhStr::new("toy"),
-            rank: 0,
-            ranks: 1,
+            rank: rank as u32,
+            ranks: shape.ranks as u32,
             total_kv_heads: shape.heads as u32,
-            first_kv_head: 0,
+            first_kv_head: (rank * shape.rank_heads()) as u32,
             device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
             cache_dtype: shape.dtype.raw(),
             position_axes: 1,
@@ -242,7 +256,8 @@ impl Engine {
             rotary_dim: shape.dim as u32,
             rope_pairing: shape.pairing,
             layers: array(&infos),
-        }];
+        };
+        let models: Vec<_> = (0..shape.ranks).map(model).collect();
         let offers = KvhOffers {
             struct_size: size_of::<KvhOffers>(),
             can: shape.can,
@@ -256,7 +271,7 @@ impl Engine {
             struct_size: size_of::<KvhookHostConfig>(),
             engine: KvhStr::new("test"),
             callbacks: &callbacks,
-            models: array(&model),
+            models: array(&models),
             offers: &offers,
             plugin_folders: array(&folders),
             copy_folder: KvhStr::new(""),
@@ -266,10 +281,16 @@ impl Engine {
         call(|error| unsafe { kvhook_host_create(&raw, &mut host, error) })?;
         let cache = Cache::new(shape);
         let lengths = vec![0; shape.layers];
-        let engine = Self { host, counter, random: Random(7), shape, cache, lengths, position: 0, uid: 0 };
+        let engine = Self { host, counter, shape, cache, lengths, position: 0, uid: 0 };
+        engine.arm("arm", config)?;
+        Ok(engine)
+    }
+
+    /// Makes instances of the plugin, one on each rank, with a config.
+    pub fn arm(&self, name: &str, config: &str) -> Result<(), String> {
         let arm = KvhookArm {
             struct_size: size_of::<KvhookArm>(),
-            name: KvhStr::new("arm"),
+            name: KvhStr::new(name),
             plugin: KvhStr::new("mlp-decouple"),
             config: KvhStr::new(config),
             sha256: KvhStr::new(""),
@@ -280,21 +301,27 @@ impl Engine {
             reserved0: 0,
         };
         // SAFETY: the host lives; the arm's texts are borrowed for the call.
-        call(|error| unsafe { kvhook_arm_set(engine.host, &arm, error) })?;
-        Ok(engine)
+        call(|error| unsafe { kvhook_arm_set(self.host, &arm, error) })
     }
 
     /// Runs `tokens` tokens: appends rows that depend on their position, layer and head only.
     pub fn run(&mut self, tokens: u64) {
+        let count = self.shape.dim + 4;
+        self.append(tokens, |tensor, head, position| {
+            let mut random = Random(1 + position * 1_000_003 + (tensor * 1_009 + head) as u64);
+            (0..count).map(|_| random.real()).skip(4).collect()
+        });
+    }
+
+    /// Appends rows: `row(tensor, head, position)`.
+    pub fn append(&mut self, tokens: u64, row: impl Fn(usize, usize, u64) -> Vec<f32>) {
         for position in self.position..self.position + tokens {
             for tensor in 0..2 * self.shape.layers {
-                let row = &mut self.lengths[tensor / 2];
+                let length = &mut self.lengths[tensor / 2];
                 for head in 0..self.shape.heads {
-                    self.random = Random(1 + position * 1_000_003 + (tensor * 1_009 + head) as u64);
-                    let values: Vec<f32> = (0..self.shape.dim + 4).map(|_| self.random.real()).collect();
-                    self.cache.set(tensor, head, *row as usize, &values[4..]);
+                    self.cache.set(tensor, head, *length as usize, &row(tensor, head, position));
                 }
-                *row += (tensor % 2) as u64;
+                *length += (tensor % 2) as u64;
             }
         }
         self.position += tokens;
@@ -302,6 +329,14 @@ impl Engine {
 
     /// Begins the sequence: a prompt of `tokens` tokens, all run.
     pub fn begin(&mut self, tokens: u64, segments: &[KvhSegment]) {
+        self.announce(tokens, segments);
+        self.run(tokens);
+    }
+
+    /// Begins a sequence in the place of the one before: a prompt of `tokens` tokens, none of them run.
+    pub fn announce(&mut self, tokens: u64, segments: &[KvhSegment]) {
+        self.lengths.fill(0);
+        self.position = 0;
         let begin = KvhookBegin {
             struct_size: size_of::<KvhookBegin>(),
             key: KvhStr::new(""),
@@ -320,40 +355,45 @@ impl Engine {
         // SAFETY: the host lives; the arguments are lent for the call.
         call(|error| unsafe { kvhook_begin(self.host, &begin, &mut sequence, error) }).unwrap();
         self.uid = sequence.uid;
-        self.run(tokens);
     }
 
-    /// Asks, prepares and commits; the reason when it is kept.
-    pub fn compress(&mut self, event: i32) -> Result<(), i32> {
-        let before = self.lengths.clone();
-        let mut after = before.clone();
-        let layers = self.cache.layers(&before);
-        let ask = KvhookAsk {
+    fn ask(&self, event: i32, lengths: &[u64]) -> KvhookAsk {
+        KvhookAsk {
             struct_size: size_of::<KvhookAsk>(),
             uid: self.uid,
             event,
             reserved0: 0,
-            lengths: array(&before),
+            lengths: array(lengths),
             next_position: self.position,
             shared_rows: 0,
             published_rows: 0,
-        };
-        let mut commit = KvhookCommit {
+        }
+    }
+
+    fn commit(&self, ticket: u64, layers: &[KvhLayer], after: &mut [u64]) -> KvhookCommit {
+        KvhookCommit {
             struct_size: size_of::<KvhookCommit>(),
-            ticket: 0,
-            layers: array(&layers),
+            ticket,
+            layers: array(layers),
             fresh: array::<KvhLayer>(&[]),
             next_position: self.position,
             stream: null_mut(),
-            lengths: array_mut(&mut after),
+            lengths: array_mut(after),
             new_next_position: 0,
-        };
-        let mut answer = KvhookAnswer {
-            struct_size: size_of::<KvhookAnswer>(),
-            decision: KVHOOK_DECISION_KEEP,
-            reason: KVH_REASON_NONE,
-            counts: array_mut::<u64>(&mut []),
-        };
+        }
+    }
+
+    /// Asks, prepares and commits; the reason when it is kept.
+    pub fn compress(&mut self, event: i32) -> Result<(), i32> {
+        if self.shape.ranks > 1 {
+            return self.compress_ranks(event);
+        }
+        let before = self.lengths.clone();
+        let mut after = before.clone();
+        let layers = self.cache.layers(0, &before);
+        let ask = self.ask(event, &before);
+        let mut commit = self.commit(0, &layers, &mut after);
+        let mut answer = answer();
         // SAFETY: the host lives; the layers describe the cache's memory, which nobody else uses meanwhile.
         call(|error| unsafe { kvhook_compress(self.host, &ask, &mut commit, &mut answer, error) }).unwrap();
         if answer.decision == KVHOOK_DECISION_KEEP {
@@ -364,10 +404,80 @@ impl Engine {
         Ok(())
     }
 
+    /// The same in halves, as an engine of several ranks does.
+    fn compress_ranks(&mut self, event: i32) -> Result<(), i32> {
+        let before = self.lengths.clone();
+        let layers: Vec<_> = (0..self.shape.ranks).map(|rank| self.cache.layers(rank, &before)).collect();
+        let ask = self.ask(event, &before);
+        let mut answer = answer();
+        // SAFETY: the host lives; the arguments are lent for the call.
+        call(|error| unsafe { kvhook_ask(self.host, &ask, &mut answer, error) }).unwrap();
+        if answer.decision == KVHOOK_DECISION_KEEP {
+            return Err(answer.reason);
+        }
+        let mut tickets = Vec::new();
+        for (rank, layers) in layers.iter().enumerate() {
+            let mut sequences = [KvhookPrepareSequence {
+                struct_size: size_of::<KvhookPrepareSequence>(),
+                uid: self.uid,
+                event,
+                fresh: 0,
+                layers: array(layers),
+                next_position: self.position,
+                shared_rows: 0,
+                published_rows: 0,
+                ticket: 0,
+                reason: KVH_REASON_NONE,
+                reserved1: 0,
+            }];
+            let array = array_mut(&mut sequences);
+            // SAFETY: the layers describe the cache's memory, which nobody else uses meanwhile.
+            call(|error| unsafe { kvhook_prepare(self.host, rank as u32, array, null_mut(), error) }).unwrap();
+            if sequences[0].ticket == 0 {
+                return Err(sequences[0].reason);
+            }
+            tickets.push(sequences[0].ticket);
+        }
+        assert!(tickets.iter().all(|ticket| *ticket == tickets[0]));
+        let mut verdict = KvhookVerdict {
+            struct_size: size_of::<KvhookVerdict>(),
+            verdict: KVHOOK_VERDICT_PENDING,
+            reason: KVH_REASON_NONE,
+            movement: 0,
+            rewrites: 0,
+            planned_position: 0,
+            counts: array_mut::<u64>(&mut []),
+        };
+        // SAFETY: the host lives; the arguments are lent for the call.
+        call(|error| unsafe { kvhook_verdict(self.host, tickets[0], &mut verdict, error) }).unwrap();
+        assert_eq!(verdict.verdict, KVHOOK_VERDICT_READY);
+        let mut committed = Vec::new();
+        for (rank, layers) in layers.iter().enumerate() {
+            let mut after = before.clone();
+            let mut commit = self.commit(tickets[0], layers, &mut after);
+            // SAFETY: as for `kvhook_prepare`.
+            call(|error| unsafe { kvhook_commit(self.host, rank as u32, &mut commit, error) }).unwrap();
+            let position = commit.new_next_position;
+            committed.push((after, position));
+        }
+        assert!(committed.windows(2).all(|pair| pair[0] == pair[1]), "ranks agree");
+        (self.lengths, self.position) = committed.remove(0);
+        Ok(())
+    }
+
     /// Most bytes that the host had at one time since the last call, beyond what it has now.
     pub fn peak(&self) -> u64 {
         let live = self.counter.live.load(Ordering::Relaxed);
         self.counter.peak.swap(live, Ordering::Relaxed) - live
+    }
+}
+
+fn answer() -> KvhookAnswer {
+    KvhookAnswer {
+        struct_size: size_of::<KvhookAnswer>(),
+        decision: KVHOOK_DECISION_KEEP,
+        reason: KVH_REASON_NONE,
+        counts: array_mut::<u64>(&mut []),
     }
 }
 

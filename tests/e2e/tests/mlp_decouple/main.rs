@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod engine;
+mod goldens;
+mod memory;
 mod model;
+mod shipped;
 mod weights;
 
 use engine::{Cache, Dtype, Engine, Shape};
@@ -11,6 +14,7 @@ use kvhook_abi::raw::*;
 use kvhook_host::raw::*;
 // Builds the plugin's shared library.
 use kvhook_mlp_decouple as _;
+use kvhook_mlp_weights::{PositionRule, Stored, v1, v2};
 use weights::{Mlp, Weights};
 
 const LAYERS: usize = 2;
@@ -19,6 +23,7 @@ const HEADS: usize = 3;
 const SHAPE: Shape = Shape {
     layers: LAYERS,
     heads: HEADS,
+    ranks: 1,
     dim: 32,
     capacity: 256,
     dtype: Dtype::F32,
@@ -234,6 +239,48 @@ fn compressing_again_and_again_equals_compressing_once() {
 }
 
 #[test]
+fn rows_from_max_position_on_stay_as_they_are() {
+    let weights = Weights::random(3, SHAPE.dim, LAYERS, false);
+    let bytes = weights.bytes();
+    let mut stored = Stored { origin: None, ..v1::read(&bytes, None).unwrap() };
+    stored.terms.positions = Some(PositionRule::Logical);
+    stored.terms.max_position = Some(80);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bounded");
+    // Both versions say it; a config may say less, not more. Groups begin at 4: 25 of them end below 80, 15 below 50.
+    for file in [v1::write(&stored, None).unwrap(), v2::write(&stored).unwrap()] {
+        std::fs::write(&path, file).unwrap();
+        for (config, groups) in [("", 25), (",max_position=80", 25), (",max_position=50", 15)] {
+            let config = format!("weights={},recent=9,every=1{config}", path.display());
+            let mut growing = Engine::new(SHAPE, &config).unwrap();
+            growing.begin(61, &[]);
+            growing.compress(KVHOOK_EVENT_PREFILL_DONE).unwrap();
+            for tokens in [1, 2, 3, 17, 1, 1, 29, 30] {
+                growing.run(tokens);
+                let _ = growing.compress(KVHOOK_EVENT_GROWN);
+            }
+            let mut once = Engine::new(SHAPE, &config).unwrap();
+            once.begin(145, &[]);
+            let before = once.cache.clone();
+            once.compress(KVHOOK_EVENT_PREFILL_DONE).unwrap();
+            assert_eq!((&once.lengths, once.position), (&vec![145 - 2 * groups as u64; LAYERS], 145), "{config}");
+            assert!(growing.lengths == once.lengths && contents(&growing) == contents(&once), "{config}");
+            for tensor in 0..2 * LAYERS {
+                let mlp = &weights.layers[tensor / 2][tensor % 2];
+                let expected = original([mlp, mlp], 3, &rows(&before, tensor, 2, 145), &[(0, 4, 3 * groups)], 1);
+                assert_close(&rows(&once.cache, tensor, 2, once.lengths[0]), &expected, 1e-5, &config);
+            }
+            once.run(10);
+            assert_eq!(once.compress(KVHOOK_EVENT_GROWN), Err(KVH_REASON_NO_GAIN), "all that may be is compressed");
+        }
+        let refused = Engine::new(SHAPE, &format!("weights={},max_position=81", path.display())).err().unwrap();
+        for text in ["max_position", "81", "at most 80"] {
+            assert!(refused.contains(text), "{refused}");
+        }
+    }
+}
+
+#[test]
 fn keys_are_taken_in_the_order_of_the_models_pairing() {
     // The weights are half-split; channels 2 i and 2 i + 1 of this cache are i and i + d / 2 there.
     let weights = Weights::random(2, SHAPE.dim, LAYERS, true);
@@ -314,6 +361,7 @@ fn what_is_wrong_is_said_when_the_plugin_starts() {
         ("factor=1", &["factor", "from 2"]),
         ("min_groups=0", &["min_groups", "at least 1"]),
         ("min_gain=0", &["min_gain", "at least 1"]),
+        ("max_position=0", &["max_position", "at least 1"]),
         ("recent=-1", &["recent", "-1"]),
         ("layers=2", &["layers", "2 layers"]),
         ("layers=1-0", &["layers", "1-0"]),

@@ -2,15 +2,15 @@
 
 use kvhook_e2e::model::{CONTIGUOUS, bits, model, paged, path, runner, text};
 use kvhook_e2e::reference::Reference;
-use kvhook_engine::Begin;
-use kvhook_engine::CacheConfig;
+use kvhook_engine::cache::read_rows;
 use kvhook_engine::rank::Phase;
 use kvhook_engine::runner::{Logits, LogitsRow, Scoring, Work};
+use kvhook_engine::{Begin, CacheConfig, Runner, SequenceId};
 
 use super::weights::{Mlp, Weights};
 
-const PROMPT: usize = 200;
-const ANSWER: usize = 72;
+pub const PROMPT: usize = 200;
+pub const ANSWER: usize = 72;
 const FACTOR: usize = 2;
 
 /// Most that a logit may differ: hidden values lie around 128, so that channels keep 17 of 24 bits. Logits are up to about
@@ -28,19 +28,59 @@ fn last_entry(dim: usize, layers: usize) -> Weights {
     Weights { factor: FACTOR, dim, min_groups: 1, layers: vec![vec![mlp.clone(), mlp]; layers] }
 }
 
-/// What came of one run.
-struct Run {
-    logits: Vec<LogitsRow>,
-    /// Query from which on each entry is not seen any more.
-    until: Vec<usize>,
-    commits: usize,
+/// By tensor (`2 * layer + part`) and KV head of the model: rows, one behind the other.
+pub type Tensors = Vec<Vec<Vec<f32>>>;
+
+/// The rows of a sequence from the end: all, or the last one.
+pub fn rows(runner: &Runner, id: SequenceId, only_last: bool) -> Tensors {
+    let layers = runner.sequence(id).unwrap().layers.clone();
+    let of_rank = runner.ranks().run(move |rank| {
+        let mut tensors = Vec::new();
+        for (layer, cache) in layers.iter().enumerate() {
+            let peek = rank.cache.peek(id, layer);
+            let start = if only_last { cache.len - 1 } else { 0 };
+            for buffer in [peek.k, peek.v] {
+                let of_head = |head| {
+                    let mut out = vec![0.0; (cache.len - start) * rank.head_dim];
+                    read_rows(buffer, &peek.layout, &cache.blocks, head, start, &mut out);
+                    out
+                };
+                tensors.push((0..rank.shard.kv_heads.len()).map(of_head).collect());
+            }
+        }
+        tensors
+    });
+    of_rank
+        .unwrap()
+        .into_iter()
+        .reduce(|mut all: Tensors, rank| {
+            all.iter_mut().zip(rank).for_each(|(heads, more)| heads.extend(more));
+            all
+        })
+        .unwrap()
 }
 
-fn run(cache: CacheConfig, config: &str, tokens: &[u32]) -> Run {
+/// What came of one run.
+pub struct Run {
+    pub logits: Vec<LogitsRow>,
+    /// Query from which on each entry is not seen any more.
+    pub until: Vec<usize>,
+    pub commits: usize,
+    /// The row of each token of the answer, as it was appended.
+    pub appended: Vec<Tensors>,
+    /// The rows at the end, and the position that each of them stands for.
+    pub rows: Tensors,
+    pub positions: Vec<u32>,
+}
+
+/// Prefills the first [`PROMPT`] tokens on a plugin of this config and feeds it the others one by one.
+pub fn run(cache: CacheConfig, config: &str, tokens: &[u32]) -> Run {
     let mut runner = runner(cache, &[("a", "mlp-decouple", config)], 0);
     let begin = Begin { arm: Some("a"), ..Begin::new(&tokens[..PROMPT]) };
     let (id, first) = runner.prefill_on(&begin, 64).unwrap();
-    let mut run = Run { logits: vec![first], until: vec![usize::MAX; tokens.len()], commits: 0 };
+    let until = vec![usize::MAX; tokens.len()];
+    let (appended, rows, positions) = (Vec::new(), Vec::new(), Vec::new());
+    let mut run = Run { logits: vec![first], until, commits: 0, appended, rows, positions };
     let mut stored = PROMPT;
     for position in PROMPT..=tokens.len() {
         let survivors = runner.survivors(id).unwrap();
@@ -55,8 +95,11 @@ fn run(cache: CacheConfig, config: &str, tokens: &[u32]) -> Run {
         stored = left.len() + 1;
         if let Some(token) = tokens.get(position) {
             run.logits.extend(runner.score(id, &[*token], Scoring::OneByOne).unwrap());
+            run.appended.push(self::rows(&runner, id, true));
         }
+        run.positions = left.clone();
     }
+    run.rows = self::rows(&runner, id, false);
     run
 }
 
