@@ -18,13 +18,13 @@ impl Mapped {
     /// [`WeightsError::Read`].
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let failed = |source| WeightsError::Read { path: path.into(), source };
-        let file = File::open(path).map_err(failed)?;
-        let about = file.metadata().map_err(failed)?;
-        if !about.is_file() {
+        // Asked before it is opened: opening a pipe waits for its writer.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
             return Err(failed(std::io::Error::other("it is not a plain file")));
         }
+        let file = File::open(path).map_err(failed)?;
         // No platform maps a file of no bytes.
-        if about.len() == 0 {
+        if file.metadata().map_err(failed)?.len() == 0 {
             return Ok(Self(None));
         }
         // SAFETY: the map is private and read only. Bytes that another process changes meanwhile are only decoded as
