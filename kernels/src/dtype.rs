@@ -130,8 +130,29 @@ pub(crate) unsafe fn narrow(dtype: Dtype, values: &[f32], target: *mut u8) {
             // SAFETY: the caller promises the bytes.
             unsafe { narrow_strided(dtype, values, target, 2) }
         }
-        // SAFETY: the caller promises the bytes.
-        Dtype::Bf16 => unsafe { narrow_strided(dtype, values, target, 2) },
+        Dtype::Bf16 => simd::run(NarrowBf16 { values, target }),
+    }
+}
+
+struct NarrowBf16<'a> {
+    values: &'a [f32],
+    target: *mut u8,
+}
+
+impl Body for NarrowBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let target = self.target.cast::<u16>();
+        for (place, value) in self.values.iter().enumerate() {
+            let bits = value.to_bits();
+            // Half of the last place, and one less where that makes the tie even. A NaN stays one: its top bit is set.
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+            let bits = if value.is_nan() { bits >> 16 | 0x40 } else { rounded };
+            // SAFETY: `narrow`'s caller promises `values.len()` elements.
+            unsafe { target.add(place).write_unaligned(bits as u16) };
+        }
     }
 }
 

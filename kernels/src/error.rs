@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::check::BadIndex;
 use crate::dtype::Dtype;
 
-/// Why an operation was refused. Nothing was written when one of these is returned.
+/// Why an operation was refused. Nothing was written when one of these is returned, [`Self::ResultTooLarge`] apart.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
@@ -154,6 +154,26 @@ pub enum KernelError {
         token: usize,
         /// The weight found.
         value: f32,
+    },
+    /// Groups of no rows, or rows of no elements.
+    #[error("groups of {factor} rows of {head_dim} elements: expected at least 1 of each, and a product that fits")]
+    Group {
+        /// Rows of a group.
+        factor: usize,
+        /// Elements of a row.
+        head_dim: usize,
+    },
+    /// A computed row that cannot be stored.
+    #[error(
+        "head {head}, row {row}: a result is not a number or above {largest}, the most that the cache's dtype holds"
+    )]
+    ResultTooLarge {
+        /// KV head.
+        head: usize,
+        /// Row of the destination.
+        row: usize,
+        /// Largest value of the dtype.
+        largest: f32,
     },
     /// Working memory could not be had.
     #[error("no memory for {bytes} bytes of working space")]

@@ -13,6 +13,7 @@
 pub mod check;
 pub mod dtype;
 pub mod error;
+pub mod grouped_mlp;
 pub mod key_diff;
 pub mod norms;
 pub mod parallel;

@@ -26,8 +26,10 @@ pub enum Command {
     Run(Run),
     /// Compare several plugins or configs on the same passages
     Compare(Compare),
-    /// Show what a plugin file says of itself, without running it
+    /// Show what a plugin file or a weight file says of itself, without running it
     Inspect(Inspect),
+    /// Make a weight file for mlp-decouple out of a checkpoint, or out of one of another version
+    Convert(Convert),
 }
 
 const ABOUT: &str = "Compress the KV cache of a real model with plugins, and measure what that does";
@@ -137,19 +139,106 @@ pub struct Compare {
 Examples:
   kvhook inspect ./libmine.so
   kvhook inspect ./libmine.so --load --json
+  kvhook inspect ./weights.safetensors
 
 Without --load no code of the file runs. With --load the library is loaded and every check that a
-host makes is listed; the exit code is 1 when one fails.")]
+host makes is listed; the exit code is 1 when one fails. A weight file of mlp-decouple is read whole,
+and the exit code is 1 when it cannot be used.")]
 pub struct Inspect {
-    /// The plugin's shared library
-    #[arg(value_name = "PLUGIN.so")]
-    pub plugin: PathBuf,
+    /// The plugin's shared library, or a weight file
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
     /// Also load the library and make every check that a host makes
     #[arg(long)]
     pub load: bool,
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `kvhook convert`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook convert llava_mlp.pth llava.safetensors --dtype f16 --terms terms.json
+  kvhook convert llava.safetensors llava.bin --to v1
+  kvhook convert old.bin old.safetensors --image-order tk,tv,iv,ik
+
+IN is a PyTorch checkpoint (.pth, .pt), a safetensors file, or a weight file of version 1 or 2, told
+apart by its content. Every tensor that is found is listed, with what it is used for. docs/mlp-weights.md
+has the formats and the fields of --terms.")]
+pub struct Convert {
+    /// What to convert
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// The weight file to write; replaced if it is there
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// Version to write
+    #[arg(long, value_enum, default_value_t = WeightVersion::V2)]
+    pub to: WeightVersion,
+    /// Element type to round to; by default that of IN
+    #[arg(long, value_enum)]
+    pub dtype: Option<WeightDtype>,
+    /// What stands before the compressor's names in a checkpoint; found out if there is only one
+    #[arg(long, value_name = "PREFIX")]
+    pub prefix: Option<String>,
+    /// Order of the image MLPs in version 1, read or written; nothing in such a file tells, and exporters differ
+    #[arg(long, value_name = "ORDER")]
+    pub image_order: Option<WeightOrder>,
+    /// What the weights were trained for, as a JSON object
+    #[arg(long, value_name = "FILE")]
+    pub terms: Option<PathBuf>,
+}
+
+/// Version of a weight file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightVersion {
+    /// What upstream reads
+    V1,
+    /// Safetensors with names and metadata
+    V2,
+}
+
+/// Element type of a weight file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightDtype {
+    /// IEEE 754 single
+    F32,
+    /// IEEE 754 half
+    F16,
+    /// The upper half of an f32
+    Bf16,
+}
+
+impl From<WeightDtype> for kvhook_mlp_weights::Dtype {
+    fn from(dtype: WeightDtype) -> Self {
+        match dtype {
+            WeightDtype::F32 => Self::F32,
+            WeightDtype::F16 => Self::F16,
+            WeightDtype::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// Order of a layer's MLPs in a weight file of version 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightOrder {
+    /// K of images before V
+    #[value(name = "tk,tv,ik,iv")]
+    KeyFirst,
+    /// V of images before K
+    #[value(name = "tk,tv,iv,ik")]
+    ValueFirst,
+}
+
+impl From<WeightOrder> for kvhook_mlp_weights::ImageOrder {
+    fn from(order: WeightOrder) -> Self {
+        match order {
+            WeightOrder::KeyFirst => Self::KeyFirst,
+            WeightOrder::ValueFirst => Self::ValueFirst,
+        }
+    }
 }
 
 /// How the KV cache is laid out and stored.
@@ -287,7 +376,9 @@ mod tests {
             ("kvhook compare --model m --text t --arm truncate:keep=1", "has no name"),
             ("kvhook compare --model m --text t --arm a=noop --prefix 1", "at least 2"),
             ("kvhook run --model m --prompt-file p --dtype f64", "f32, f16, bf16"),
-            ("kvhook inspect", "PLUGIN.so"),
+            ("kvhook inspect", "<FILE>"),
+            ("kvhook convert in", "<OUT>"),
+            ("kvhook convert in out --to v3", "v1, v2"),
         ] {
             let error = parse(line).map(|_| ()).map_err(|e| e.to_string());
             assert!(error.as_ref().is_err_and(|e| e.contains(reason)), "{line}: {error:?}");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use kvhook_host::HostError;
 use kvhook_host::raw::{KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE};
+use kvhook_mlp_weights::WeightsError;
 
 /// Exit code when a command did its work and the answer is no: a check of `inspect` failed.
 pub const EXIT_CHECK_FAILED: u8 = 1;
@@ -81,6 +82,22 @@ pub enum CliError {
     /// A file is not a plugin.
     #[error(transparent)]
     Plugin(HostError),
+    /// A weight file or checkpoint cannot be used.
+    #[error("{}: {source}", path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<WeightsError>,
+    },
+    /// The file of `--terms` is not such an object.
+    #[error("{path} does not say what weights were trained for: {source}; docs/mlp-weights.md has the fields")]
+    Terms {
+        /// The file.
+        path: PathBuf,
+        /// What the JSON reader said.
+        source: serde_json::Error,
+    },
     /// A result could not be written.
     #[error("cannot write {path}: {source}; choose a writable place")]
     Write {
@@ -96,7 +113,10 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         use kvhook_engine::Error;
         match self {
+            Self::Weights { source, .. } if matches!(**source, WeightsError::Write { .. }) => EXIT_OUTPUT,
             Self::Read { .. }
+            | Self::Weights { .. }
+            | Self::Terms { .. }
             | Self::NotUtf8 { .. }
             | Self::DuplicateArm(_)
             | Self::TooLittleText { .. }

@@ -5,6 +5,7 @@
 //! * [`results`] holds what was measured; [`table`] and [`page`] show it in the terminal and in the browser, and
 //!   [`report`] hands it out.
 //! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
+//! * [`weights`] reads and converts the weight files of `mlp-decouple`.
 
 pub mod account;
 pub mod args;
@@ -26,3 +27,4 @@ pub mod report;
 pub mod results;
 pub mod stats;
 pub mod table;
+pub mod weights;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kvhook::args::{Cli, Command};
-use kvhook::commands::{compare, demo, inspect, run};
+use kvhook::commands::{compare, convert, demo, inspect, run};
 use kvhook::error::CliError;
 use kvhook::logs;
 
@@ -26,6 +26,7 @@ fn execute(command: &Command) -> Result<ExitCode, CliError> {
         Command::Run(options) => run::execute(options)?,
         Command::Compare(options) => compare::execute(options)?,
         Command::Inspect(options) => return inspect::execute(options),
+        Command::Convert(options) => convert::execute(options)?,
     }
     Ok(ExitCode::SUCCESS)
 }

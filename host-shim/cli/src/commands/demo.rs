@@ -1,6 +1,9 @@
 //! `kvhook demo`: one passage, the plugins that ship with kvhook, one table.
 
 use std::io;
+use std::path::{Path, PathBuf};
+
+use kvhook_host::load::Policy;
 
 use crate::args::{CacheDtype, CacheKind, CacheOptions, Demo};
 use crate::arm::ArmSpec;
@@ -27,8 +30,26 @@ const ARMS: [(&str, &str, &str); 8] = [
     ),
 ];
 
+/// Name and weight file of each arm of `mlp-decouple`, trained for the default model.
+const TRAINED: [(&str, &str); 2] =
+    [("mlp-f2", "smollm2-135m-f2.safetensors"), ("mlp-f4", "smollm2-135m-f4.safetensors")];
+
 /// Paged, so that the arms share one prefill of the passage.
 const CACHE: CacheOptions = CacheOptions { cache: CacheKind::Paged, ranks: 1, dtype: CacheDtype::F16 };
+
+/// The arms of `mlp-decouple` whose weights are there: in a folder `mlp-decouple` beside the plugins, or in the source
+/// tree that this program was built from.
+fn trained() -> Vec<ArmSpec> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../plugins/mlp-decouple/trained");
+    let beside = Policy::new(Vec::new(), None).folders.into_iter().map(|folder| folder.join("mlp-decouple"));
+    let folders: Vec<PathBuf> = beside.chain([source]).collect();
+    let arm = |(name, file): (&str, &str)| {
+        let path = folders.iter().map(|folder| folder.join(file)).find(|path| path.is_file())?;
+        let config = serde_json::json!({ "weights": path.to_str()? }).to_string();
+        Some(ArmSpec { name: name.into(), plugin: "mlp-decouple".into(), config })
+    };
+    TRAINED.into_iter().filter_map(arm).collect()
+}
 
 /// Fetches the model when no other is named, measures all arms, and prints what came out.
 ///
@@ -42,7 +63,11 @@ pub fn execute(options: &Demo) -> Result<(), CliError> {
         plugin: plugin.into(),
         config: config.into(),
     };
-    let plan = Plan { texts: &texts, arms: &ARMS.map(arm), prefix: 1024, continuation: 256, passages: 1, cache: CACHE };
+    let mut arms = ARMS.map(arm).to_vec();
+    if options.model.is_none() {
+        arms.extend(trained());
+    }
+    let plan = Plan { texts: &texts, arms: &arms, prefix: 1024, continuation: 256, passages: 1, cache: CACHE };
     let comparison = measure::compare(&loaded, &plan)?;
     report::deliver(&comparison, &options.output, &mut io::stdout().lock())
 }

@@ -1,4 +1,4 @@
-//! `kvhook inspect`: what a plugin's file says of itself, and whether this host would take it.
+//! `kvhook inspect`: what a plugin's file or a weight file says of itself, and whether it would be taken.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -9,16 +9,21 @@ use crate::args::Inspect;
 use crate::error::{CliError, EXIT_CHECK_FAILED};
 use crate::inspect::Inspection;
 use crate::plugins;
+use crate::weights;
 
 /// Prints the inspection; the exit code tells whether a check failed.
 ///
 /// # Errors
 /// [`CliError::Plugin`] for a file that is no plugin, where no checks were asked for that would say so;
-/// [`CliError::Write`].
+/// [`CliError::Weights`] for a weight file that cannot be read at all; [`CliError::Write`].
 pub fn execute(options: &Inspect) -> Result<ExitCode, CliError> {
-    let file = options.plugin.to_string_lossy().into_owned();
+    if weights::is_weight_file(&options.file) {
+        let (text, usable) = weights::inspect(&options.file, options.json)?;
+        return print(&text, usable);
+    }
+    let file = options.file.to_string_lossy().into_owned();
     // Here a name is a file's, not a plugin's.
-    let path = std::path::absolute(&options.plugin).unwrap_or_else(|_| options.plugin.clone());
+    let path = std::path::absolute(&options.file).unwrap_or_else(|_| options.file.clone());
     let mut inspection = match kvhook_host::load::inspect(&path) {
         Ok(said) => Inspection::new(file, said),
         Err(_) if options.load => Inspection { file, ..Inspection::default() },
@@ -31,8 +36,12 @@ pub fn execute(options: &Inspect) -> Result<ExitCode, CliError> {
             kvhook_host::load::checks(&policy, &path, Source::Operator, None).into_iter().map(Into::into).collect();
     }
     let text = if options.json { inspection.to_json() } else { inspection.to_text() };
+    print(&text, inspection.passed())
+}
+
+fn print(text: &str, passed: bool) -> Result<ExitCode, CliError> {
     io::stdout()
         .write_all(text.as_bytes())
         .map_err(|source| CliError::Write { path: "standard output".into(), source })?;
-    Ok(if inspection.passed() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_CHECK_FAILED) })
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::from(EXIT_CHECK_FAILED) })
 }

@@ -1,6 +1,7 @@
 //! What a user types.
 
 pub mod compare;
+pub mod convert;
 pub mod demo;
 pub mod inspect;
 pub mod run;
