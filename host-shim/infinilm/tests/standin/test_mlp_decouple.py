@@ -11,7 +11,7 @@ from standin.engines import (
     PAGED,
     STATIC,
     ask,
-    block_of,
+    compare,
     expect,
     figures,
     open_llm,
@@ -45,15 +45,11 @@ def one(name: str, config: dict) -> dict:
 
 def check(llm, answers, folder, arms=MERGES, lengths=LENGTHS, new_tokens=NEW_TOKENS) -> None:
     """Asks each arm for all prompts, together; those that can be shortened must be."""
-    block = block_of(llm)
     for arm in arms:
-        merge, prompts = MERGES[arm], [prompt(length) for length in lengths]
-        for text, found in zip(prompts, ask(llm, prompts, arm, new_tokens)):
-            expected = answers(folder, text, new_tokens, merge, block=block)
-            expect(found, expected, f"{arm}, {len(text)}")
-        shortened = [n for n in lengths if merge.count(n, n, block) < n]
+        merge = MERGES[arm]
+        shortened = compare(llm, answers, folder, arm, merge, lengths, new_tokens)
         commits = figures(llm, arm)["commits"]
-        assert commits > len(shortened) if merge.every else commits == len(shortened) > 0
+        assert commits > shortened if merge.every else commits == shortened > 0
 
 
 def test_what_is_merged_matters(model, answers):
