@@ -9,7 +9,10 @@ use serde_json::Value;
 
 use crate::json::ConstJson;
 
+mod layers;
 mod short;
+
+pub use layers::layer_range;
 
 /// Longest config string, in bytes.
 pub const MAX_CONFIG_BYTES: usize = 64 * 1024;

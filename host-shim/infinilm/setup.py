@@ -12,7 +12,7 @@ from setuptools.errors import ExecError, FileError
 
 PACKAGE = "kvhook_infinilm"
 WORKSPACE = Path(__file__).resolve().parents[2]
-CRATES = ("kvhook-host", "kvhook-noop", "kvhook-truncate")
+CRATES = ("kvhook-host", "kvhook-noop", "kvhook-truncate", "kvhook-mlp-decouple")
 HEADERS = (
     "hook-abi/include/kvhook.h",
     "host-shim/host/include/kvhook_host.h",

@@ -99,8 +99,9 @@ def test_the_file_computes_what_was_trained(model, tmp_path, principal):
     assert torch.allclose(y.float(), mlp(x), rtol=1e-4, atol=1e-4)
 
     path = tmp_path / "weights.safetensors"
-    weights.write(path, mlp.folded(), model, "tiny", factor, 4, 32, "none")
+    weights.write(path, mlp.folded(), model, "tiny", factor, 4, 32, 300, "none")
     terms, tensors = weights.read(path)
+    assert terms["max_position"] == 300
     assert terms["factor"] == factor and terms["sha256"] == weights.digest(weights.named(tensors))
     rows = torch.randn(LAYERS, 1, KV_HEADS, 40, DIM)
     shipped, trained = (c.compress(rows, rows, 4, 10) for c in (Shipped(tensors, factor), mlp))

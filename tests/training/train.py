@@ -218,7 +218,8 @@ def run(model, args, log=print):
         "seconds": round(seconds),
         "licence": "MIT OR Apache-2.0",
     }
-    write(args.out, mlp.folded(), model, args.name, args.factor, SINKS, RECENT, json.dumps(training))
+    max_position = args.length - BLOCK
+    write(args.out, mlp.folded(), model, args.name, args.factor, SINKS, RECENT, max_position, json.dumps(training))
     return best
 
 

@@ -29,7 +29,8 @@ def digest(tensors):
     return sha.hexdigest()
 
 
-def write(path, tensors, model, name, factor, sinks, recent, training):
+def write(path, tensors, model, name, factor, sinks, recent, max_position, training):
+    """`max_position`: the first position that no compressed row was trained on."""
     tensors = named(tensors)
     terms = {
         "format_version": 2,
@@ -48,6 +49,7 @@ def write(path, tensors, model, name, factor, sinks, recent, training):
         "min_groups": 1,
         "sinks": sinks,
         "recent": recent,
+        "max_position": max_position,
         "training": training,
         "sha256": digest(tensors),
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use kvhook_abi::config::{ConfigError, ConfigValue, JsonValue};
+use kvhook_abi::config::{ConfigError, ConfigValue, JsonValue, layer_range};
 use kvhook_abi::model::RopePairing;
 use kvhook_abi::raw::KVH_DEVICE_CUDA;
 use kvhook_abi::view::Segments;
@@ -94,9 +94,9 @@ impl LayerRanges {
         let refuse = |allowed: &str| ConfigError::bad_value("layers", format!("{:?}", self.0), allowed);
         let mut named = vec![false; count];
         for range in self.0.split(',') {
-            let (first, last) = layer_range(range, count)
+            let layers = layer_range(range, count)
                 .ok_or_else(|| refuse(&format!("ranges like \"3\", \"0-3\", \"4-\" of this model's {count} layers")))?;
-            for layer in &mut named[first..=last] {
+            for layer in &mut named[layers] {
                 if std::mem::replace(layer, true) {
                     return Err(refuse("ranges that do not overlap"));
                 }
@@ -104,17 +104,6 @@ impl LayerRanges {
         }
         Ok(named)
     }
-}
-
-/// First and last layer of a range as it is written.
-fn layer_range(text: &str, count: usize) -> Option<(usize, usize)> {
-    let number = |text: &str| text.parse::<usize>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
-    let (first, last) = match text.split_once('-') {
-        None => (number(text)?, number(text)?),
-        Some((first, "")) => (number(first)?, count.checked_sub(1)?),
-        Some((first, last)) => (number(first)?, number(last)?),
-    };
-    (first <= last && last < count).then_some((first, last))
 }
 
 /// The config, checked, for one model and one weight file.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kvhook_abi::config::{ConfigError, ConfigValue, JsonValue};
+use kvhook_abi::config::{ConfigError, ConfigValue, JsonValue, layer_range};
 use kvhook_abi::{CreateContext, PluginError};
 
 use crate::budget::Amount;
@@ -118,9 +118,9 @@ impl LayerFractions {
             if !(fraction > 0.0 && fraction <= 1.0) {
                 return Err(refuse("fractions above 0, at most 1"));
             }
-            let (first, last) = layer_range(range, count)
+            let layers = layer_range(range, count)
                 .ok_or_else(|| refuse(&format!("ranges like \"3\", \"0-3\", \"4-\" of this model's {count} layers")))?;
-            for layer in &mut fractions[first..=last] {
+            for layer in &mut fractions[layers] {
                 if layer.replace(fraction).is_some() {
                     return Err(refuse("ranges that do not overlap"));
                 }
@@ -128,17 +128,6 @@ impl LayerFractions {
         }
         Ok(fractions)
     }
-}
-
-/// First and last layer of a range as it is written.
-fn layer_range(text: &str, count: usize) -> Option<(usize, usize)> {
-    let number = |text: &str| text.parse::<usize>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
-    let (first, last) = match text.split_once('-') {
-        None => (number(text)?, number(text)?),
-        Some((first, "")) => (number(first)?, count.checked_sub(1)?),
-        Some((first, last)) => (number(first)?, number(last)?),
-    };
-    (first <= last && last < count).then_some((first, last))
 }
 
 /// What is kept of the history.

@@ -22,6 +22,56 @@ pub enum Error {
     /// A view that the kernels refuse.
     #[error(transparent)]
     Kernel(#[from] kvhook_kernels::KernelError),
+    /// A weight file that cannot be read or written.
+    #[error(transparent)]
+    Weights(#[from] kvhook_mlp_weights::WeightsError),
+    /// A trained linear map that is not one.
+    #[error("{path}: {problem}; expected what train.py writes with --linear-out")]
+    LinearMap {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Results that cannot be written as JSON.
+    #[error("the results cannot be written: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A folder or file that cannot be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Its path.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A text without room for the passages.
+    #[error(
+        "{text} has {found} tokens, too few for {wanted} passages of {prompt} + {scored} with scored tokens of their \
+         own: give longer texts or fewer passages"
+    )]
+    ShortText {
+        /// Its name.
+        text: String,
+        /// Its tokens.
+        found: usize,
+        /// Passages.
+        wanted: usize,
+        /// Tokens of a passage that are prompt.
+        prompt: usize,
+        /// Tokens of a passage that are scored.
+        scored: usize,
+    },
+    /// An arm that did something else than it was asked for.
+    #[error("arm {arm}: {problem}")]
+    Arm {
+        /// Its name.
+        arm: String,
+        /// What was found and what was expected.
+        problem: String,
+    },
+    /// A thread that stopped.
+    #[error("a thread of the benchmark stopped without a result")]
+    Thread,
     /// A plugin without a function that the benchmark measures.
     #[error("the plugin has no {0}: build it from this workspace")]
     Missing(&'static str),

@@ -64,7 +64,7 @@ def depth() -> str:
 
 @pytest.fixture(scope="session")
 def reference(model):
-    """`reference(prompt ids, new tokens, Keep or None, ..)` of SmolLM2."""
+    """`reference(prompt ids, new tokens, Keep, Merge or None, ..)` of SmolLM2."""
     from engine.reference import Reference
 
     return Reference(model).answer
@@ -73,7 +73,16 @@ def reference(model):
 @pytest.fixture(scope="session")
 def answers(model, reference, request):
     """As `reference`, with answers kept for the next run: they take minutes and do not depend on kvhook or InfiniLM."""
-    source = (HERE / "reference.py").read_bytes() + (model / "config.json").read_bytes()
+    from engine.merge import trained
+
+    files = [
+        HERE / "reference.py",
+        HERE / "merge.py",
+        trained(2),
+        trained(4),
+        model / "config.json",
+    ]
+    source = b"".join(file.read_bytes() for file in files)
     source += str((model / "model.safetensors").stat().st_size).encode()
     name = f"kvhook/reference-{hashlib.sha256(source).hexdigest()[:16]}"
     kept = request.config.cache.get(name, {})
@@ -85,7 +94,7 @@ def answers(model, reference, request):
             # Compressed once or not at all: most caches and arms agree.
             kept_whole = keep.rows(len(prompt), len(prompt)) == len(prompt)
             keep = None if kept_whole else replace(keep, block_size=1)
-        what = [prompt, new_tokens, keep and asdict(keep), more]
+        what = [prompt, new_tokens, type(keep).__name__, keep and asdict(keep), more]
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         if key not in kept:
             kept[key] = asdict(reference(prompt, new_tokens, keep, **more))
@@ -111,6 +120,15 @@ def paged_llm(model, depth):
 
     with engines.open_llm(model, engines.arms(depth), **engines.PAGED) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def merging_model(model, tmp_path_factory) -> Path:
+    """SmolLM2 whose config.json chooses `mlp-decouple`."""
+    from engine import engines, model_files
+
+    folder = tmp_path_factory.mktemp("merging") / "model"
+    return model_files.copy_with(model, folder, kv_plugin=engines.merging_arms())
 
 
 @pytest.fixture(params=["static", "paged"])

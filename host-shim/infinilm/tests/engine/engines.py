@@ -14,6 +14,7 @@ from pathlib import Path
 import kvhook_infinilm
 from kvhook_infinilm import adapter_of
 
+from .merge import Merge, trained
 from .reference import Answer, Keep
 
 STATIC = dict(cache_type="static", max_cache_len=2048, enable_prefix_caching=False)
@@ -28,6 +29,10 @@ _KEEPS = {
     "attention": Keep(keep=0.25, importance="attention"),
     "every": Keep(budget=132, every=64),
     "every_key_diff": Keep(keep=0.25, importance="key_diff", every=64),
+    "pairs": Merge(2),
+    "fours": Merge(4),
+    "every_pairs": Merge(2, every=64),
+    "every_fours": Merge(4, every=64),
 }
 
 _CONFIGS = {
@@ -42,7 +47,7 @@ _CONFIGS = {
 _NEED_SHIM = {"attention"}
 
 
-def keep_of(arm: str, kind: str) -> Keep | None:
+def keep_of(arm: str, kind: str) -> Keep | Merge | None:
     """What the reference does for an arm, with a cache of this kind."""
     keep = _KEEPS.get(arm)
     block_size = PAGED["block_size"] if kind == "paged" else 1
@@ -64,10 +69,24 @@ def arms(depth: str) -> list[dict]:
     return [noop, *(truncate(name, config) for name, config in served.items())]
 
 
+def merging_arms() -> list[dict]:
+    """Arms of `mlp-decouple`, for SmolLM2."""
+    merges = {name: keep for name, keep in _KEEPS.items() if isinstance(keep, Merge)}
+    return [
+        {
+            "name": name,
+            "plugin": "mlp-decouple",
+            "config": {"weights": str(trained(merge.factor)), "every": merge.every},
+        }
+        for name, merge in merges.items()
+    ]
+
+
 @contextlib.contextmanager
-def open_llm(model: Path, arms: Sequence[dict], **options) -> Iterator:
-    """An `LLM` on the CPU; it must be served."""
-    kvhook_infinilm.attach(json.dumps({"arms": list(arms)}), strict=True)
+def open_llm(model: Path, arms: Sequence[dict] | None, **options) -> Iterator:
+    """An `LLM` on the CPU; it must be served. `arms` None: as the model's config.json says."""
+    form = arms and json.dumps({"arms": list(arms)})
+    kvhook_infinilm.attach(form, strict=True)
     from infinilm.llm import LLM
 
     llm = LLM(str(model), device="cpu", dtype="float32", **options)

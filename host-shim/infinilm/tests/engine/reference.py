@@ -1,7 +1,7 @@
 """The independent reference: Hugging Face's model in float32, its cache gathered by hand, greedy.
 
-What is kept is computed here from the formulas of docs/plugins/truncate.md, in torch; positions go on from where they
-were. Nothing of kvhook is used.
+What is kept is computed here from the formulas of docs/plugins/truncate.md, in torch, what is merged in merge.py; positions
+go on from where they were. Nothing of kvhook is used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .merge import Merge
 
 _LONGEST_WINDOW = 64
 
@@ -108,7 +110,11 @@ class Reference:
         self._prompt: tuple | None = None
 
     def answer(
-        self, prompt: list[int], new_tokens: int, keep: Keep | None, restart_positions: bool = False
+        self,
+        prompt: list[int],
+        new_tokens: int,
+        keep: Keep | Merge | None,
+        restart_positions: bool = False,
     ) -> Answer:
         """Greedy decoding of so many tokens; an end-of-text token does not end it.
 
@@ -155,11 +161,17 @@ class Reference:
         )
         return output.logits[0, -1]
 
-    def _compress(self, cache, keep: Keep, seen: int, queries: dict[int, torch.Tensor]) -> None:
+    def _compress(
+        self, cache, keep: Keep | Merge, seen: int, queries: dict[int, torch.Tensor]
+    ) -> None:
         for index, layer in enumerate(cache.layers):
             keys = layer.keys[0]
             count = keep.rows(seen, keys.shape[1])
             if count == keys.shape[1]:
+                continue
+            if isinstance(keep, Merge):
+                layer.keys = keep.compressed(index, "k", layer.keys[0], seen)[None]
+                layer.values = keep.compressed(index, "v", layer.values[0], seen)[None]
                 continue
             rows = kept_rows(keep, count, keys, queries[index])
             rows = rows[None, :, :, None].expand(-1, -1, -1, keys.shape[2])

@@ -24,8 +24,9 @@ def three_ranks(model) -> None:
 
 def run(model, depth, kind, prompts, ranks: int) -> dict:
     options = engines.STATIC if kind == "static" else engines.PAGED
-    names = ["last32", "key_diff"] + (["attention"] if depth == "shim" else [])
-    form = {"arms": [arm for arm in engines.arms(depth) if arm["name"] in names]}
+    names = ["last32", "key_diff", "pairs"] + (["attention"] if depth == "shim" else [])
+    arms = engines.arms(depth) + engines.merging_arms()
+    form = {"arms": [arm for arm in arms if arm["name"] in names]}
     requests = [(prompts, arm, NEW_TOKENS) for arm in ["none", *names]]
     options = options | {"tensor_parallel_size": ranks}
     return engines.run_apart(model, form, options, requests, INFINI_CPU_DEVICES=str(ranks))

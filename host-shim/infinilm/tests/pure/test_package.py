@@ -22,9 +22,9 @@ HEADERS = (
 )
 
 
-@pytest.mark.parametrize("name", ["kvhook_host", "kvhook_noop", "kvhook_truncate"])
+@pytest.mark.parametrize("name", ["host", "noop", "truncate", "mlp_decouple"])
 def test_the_libraries_are_there(name):
-    with (PACKAGE / "native" / f"lib{name}.so").open("rb") as file:
+    with (PACKAGE / "native" / f"libkvhook_{name}.so").open("rb") as file:
         assert file.read(4) == b"\x7fELF"
 
 

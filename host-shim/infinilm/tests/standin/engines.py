@@ -178,6 +178,16 @@ def usable(llm) -> int:
     return llm.engine.scheduler.cache_manager.get_total_usable_blocks()
 
 
+def compare(llm, answers, folder, arm: str, keep, lengths: Sequence[int], new_tokens: int) -> int:
+    """Asks an arm for prompts of these lengths, together, and expects the reference's answers; how many of the prompts
+    `keep`, the reference's form of the arm, makes shorter."""
+    block, prompts = block_of(llm), [prompt(length) for length in lengths]
+    for text, found in zip(prompts, ask(llm, prompts, arm, new_tokens)):
+        expected = answers(folder, text, new_tokens, keep, block=block)
+        expect(found, expected, f"{arm}, {len(text)}")
+    return sum(keep.count(length, length, block) < length for length in lengths)
+
+
 def expect(found: Sequence[int], answer, what: str = "") -> None:
     """Fails where tokens are not the reference's. What rounding could decide is not asked."""
     assert answer.gap > 1e-4, (

@@ -1,7 +1,8 @@
 """The independent reference: no cache is ever shortened. All keys and values stay, and a mask says which of them each
-head still sees. In float64, whole matrices at a time, with the true positions.
+head still sees; a merged row takes the place of its group's last one. In float64, whole matrices at a time, with the true
+positions.
 
-What is kept follows docs/plugins/truncate.md; nothing of kvhook is used.
+What is kept follows docs/plugins/truncate.md, what is merged docs/plugins/mlp-decouple.md; nothing of kvhook is used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import weights
+from .mlps import Merge
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Reference:
         self,
         prompt: list[int],
         new_tokens: int,
-        keep: Keep | None = None,
+        keep: Keep | Merge | None = None,
         block: int = 1,
         restart_positions: bool = False,
     ) -> Answer:
@@ -73,7 +75,7 @@ class Reference:
         logits = run.forward(prompt, 0)
         seen = mark = len(prompt)
         if keep is not None:
-            run.drop(keep, seen, block)
+            run.compress(keep, seen, block)
         answer = Answer()
         while True:
             best = np.argsort(-logits)[:2]
@@ -85,7 +87,7 @@ class Reference:
             logits = run.forward(answer.tokens[-1:], run.kept if restart_positions else seen)
             seen += 1
             if keep is not None and keep.every and seen - mark >= keep.every:
-                run.drop(keep, seen, block)
+                run.compress(keep, seen, block)
                 mark = seen
 
 
@@ -127,8 +129,27 @@ class _Run:
             )
         return self._norm(x[-1], w["norm"]) @ w["lm_head"].T
 
-    def drop(self, keep: Keep, seen: int, block: int) -> None:
-        """From here on heads see only what is kept."""
+    def compress(self, keep: Keep | Merge, seen: int, block: int) -> None:
+        """From here on heads see only what is kept, and merged rows."""
+        if isinstance(keep, Merge):
+            self._merge(keep, seen, block)
+        else:
+            self._drop(keep, seen, block)
+
+    def _merge(self, merge: Merge, seen: int, block: int) -> None:
+        for i, sees in self._seen_by.items():
+            # Of a group that was merged earlier only the last row is seen.
+            groups = [group for group in merge.groups(seen) if sees[0, group].all()]
+            length = sees[0].sum()
+            count = length - len(groups) * (merge.factor - 1)
+            if -(-count // block) == -(-length // block):
+                continue
+            for group in groups:
+                for part, rows in enumerate((self.keys[i], self.values[i])):
+                    rows[group.stop - 1] = merge.row(i, part, rows[group])
+                sees[:, group.start : group.stop - 1] = False
+
+    def _drop(self, keep: Keep, seen: int, block: int) -> None:
         for i, sees in self._seen_by.items():
             for head in range(self._heads):
                 rows = sees[head].nonzero()[0]

@@ -9,7 +9,7 @@ from standin.engines import (
     SHORTENING,
     STATIC,
     ask,
-    block_of,
+    compare,
     expect,
     figures,
     open_llm,
@@ -23,14 +23,9 @@ NEW_TOKENS = 24
 
 def check(llm, answers, folder, arms=SHORTENING, lengths=LENGTHS, new_tokens=NEW_TOKENS) -> None:
     """Asks each arm for all prompts, together; those that the arm shortens must be shortened."""
-    block = block_of(llm)
     for arm in arms:
-        keep, prompts = KEEPS[arm], [prompt(length) for length in lengths]
-        for text, found in zip(prompts, ask(llm, prompts, arm, new_tokens)):
-            expected = answers(folder, text, new_tokens, keep, block=block)
-            expect(found, expected, f"{arm}, {len(text)}")
-        shortened = [n for n in lengths if keep.count(n, n, block) < n]
-        assert figures(llm, arm)["commits"] >= len(shortened) > 0
+        shortened = compare(llm, answers, folder, arm, KEEPS[arm], lengths, new_tokens)
+        assert figures(llm, arm)["commits"] >= shortened > 0
 
 
 def test_what_is_kept_matters(model, answers):
