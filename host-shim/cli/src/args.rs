@@ -26,6 +26,8 @@ pub enum Command {
     Run(Run),
     /// Compare several plugins or configs on the same passages
     Compare(Compare),
+    /// Time compressions of caches of any model's shape, beside the least time that this machine allows
+    Bench(Bench),
     /// Show what a plugin file or a weight file says of itself, without running it
     Inspect(Inspect),
     /// Make a weight file for mlp-decouple out of a checkpoint, or out of one of another version
@@ -131,6 +133,44 @@ pub struct Compare {
     /// Where the results go besides the terminal.
     #[command(flatten)]
     pub output: Output,
+}
+
+/// Options of `kvhook bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook bench --device cuda --json bench.json
+  kvhook bench --device cuda --rows 'llama-3.1-8b 32768 key_norm' --rows 'mixed-32'
+  kvhook bench --device cpu --rows 'smollm2-135m 1024'
+
+A row is named by shape, layout, tokens, share of the rows kept, and operation, as in
+`llama-3.1-8b paged-16 32768 1/2 key_norm`. docs/bench.md says what the columns mean, and how
+other programs are measured in the same run.")]
+pub struct Bench {
+    /// Where the caches lie
+    #[arg(long, value_enum)]
+    pub device: BenchDevice,
+    /// All shapes, lengths, layouts and shares instead of the core set
+    #[arg(long)]
+    pub full: bool,
+    /// Only rows whose names have all these words (may be given several times)
+    #[arg(long, value_name = "WORDS")]
+    pub rows: Vec<String>,
+    /// Times of other programs, written by tests/peers/peers.py
+    #[arg(long, value_name = "FILE")]
+    pub peers: Option<PathBuf>,
+    /// Write all measures as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Where the caches of `kvhook bench` lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchDevice {
+    /// Ordinary memory
+    Cpu,
+    /// The first CUDA device
+    Cuda,
 }
 
 /// Options of `kvhook inspect`.
@@ -377,6 +417,8 @@ mod tests {
             ("kvhook compare --model m --text t --arm a=noop --prefix 1", "at least 2"),
             ("kvhook run --model m --prompt-file p --dtype f64", "f32, f16, bf16"),
             ("kvhook inspect", "<FILE>"),
+            ("kvhook bench", "--device"),
+            ("kvhook bench --device tpu", "cpu, cuda"),
             ("kvhook convert in", "<OUT>"),
             ("kvhook convert in out --to v3", "v1, v2"),
         ] {

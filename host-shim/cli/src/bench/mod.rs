@@ -1,0 +1,88 @@
+//! `kvhook bench`: what compressions cost on this machine, beside the least that its memory and arithmetic allow.
+//!
+//! * [`shapes`] are the caches, [`rows`] what is done to them.
+//! * [`machine`] is where a cache lies and how time is taken there; [`cpu`] and `cuda` are the two of them.
+//! * [`cache`] is a cache of one row; [`engine`] compresses it through the host, with the plugins that users load.
+//! * [`floors`] are the least times; [`report`] holds what was measured, [`table`] shows it, [`peers`] brings what other
+//!   programs took.
+
+pub mod cache;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod engine;
+pub mod error;
+pub mod floors;
+pub mod machine;
+pub mod mlp_file;
+pub mod peers;
+pub mod report;
+pub mod rows;
+pub mod shapes;
+pub mod table;
+
+use crate::args::{Bench, BenchDevice};
+use crate::error::CliError;
+use cache::Cache;
+use cpu::Cpu;
+use engine::{Compression, Engine};
+use error::BenchError;
+use floors::{H100_PRODUCTS, Rates, floors};
+use machine::{Machine, Measured};
+use peers::Peers;
+use report::{Measurement, Report};
+use rows::{Operation, Row};
+
+/// Measures every row that the options select, and hands each one to `show` when it is done.
+///
+/// # Errors
+/// [`BenchError`] in [`CliError::Bench`]; files that cannot be read; what host and plugins refuse.
+pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, CliError> {
+    let peers = options.peers.as_deref().map(Peers::read).transpose()?;
+    let all = match options.device {
+        BenchDevice::Cpu => rows::on_cpu(options.full),
+        BenchDevice::Cuda => rows::on_cuda(options.full),
+    };
+    let rows = rows::select(all, &options.rows)?;
+    let machine = open(options.device)?;
+    let products = match options.device {
+        BenchDevice::Cpu => None,
+        BenchDevice::Cuda => Some(peers.as_ref().and_then(|peers| peers.products).unwrap_or(H100_PRODUCTS)),
+    };
+    let rates = Rates { copy: machine.copy_bandwidth()?, products, exponentials: machine.exponentials() };
+    let mut report = Report::new(machine.describe(), &rates, peers.as_ref());
+    let mut next = rows.as_slice();
+    while let Some(first) = next.first() {
+        // Rows of one shape and layout share a host, as requests of one model do.
+        let count = next.iter().take_while(|row| row.shape == first.shape && row.form == first.form).count();
+        let mut engine = Engine::new(&*machine, first.shape, first.form)?;
+        for row in &next[..count] {
+            let measured = measure(&*machine, &mut engine, row)?;
+            report.rows.push(Measurement::new(row, &measured, floors(row, &rates)));
+            show(&report);
+        }
+        next = &next[count..];
+    }
+    Ok(report)
+}
+
+fn measure<'a>(machine: &'a dyn Machine, engine: &mut Engine<'a>, row: &Row) -> Result<Measured, CliError> {
+    let cache = Cache::new(machine, row)?;
+    let named = |source| CliError::from(BenchError::Row { row: row.name(), source: Box::new(source) });
+    match row.operation {
+        Operation::Commit => machine.measure(&mut *machine.moves(&cache, row, false)?),
+        Operation::TopK => machine.measure(&mut *machine.moves(&cache, row, true)?),
+        _ => machine.measure(&mut Compression::new(machine, engine, &cache, row)?),
+    }
+    .map_err(named)
+}
+
+fn open(device: BenchDevice) -> Result<Box<dyn Machine>, CliError> {
+    match device {
+        BenchDevice::Cpu => Ok(Box::new(Cpu::new())),
+        #[cfg(feature = "cuda")]
+        BenchDevice::Cuda => Ok(Box::new(cuda::Cuda::open()?)),
+        #[cfg(not(feature = "cuda"))]
+        BenchDevice::Cuda => Err(BenchError::BuiltWithoutCuda.into()),
+    }
+}
