@@ -148,6 +148,10 @@ impl OnDevice {
         scores: &[DeviceSlice<f32>],
         scratch: &mut Scratch<'_>,
     ) -> Result<(), PluginError> {
+        // Weights are all the same, whatever the scores.
+        if !importance.reads_keys() {
+            return Ok(());
+        }
         let (device, stream) = (&self.device, call.cuda_stream()?);
         let keys = jobs.iter().map(|job| job.layer.k_device()).collect::<Result<Vec<_>, _>>()?;
         let each = || keys.iter().zip(jobs).zip(scores);
@@ -176,7 +180,6 @@ impl OnDevice {
                 let scratch = scratch.take(window_attention::scratch_bytes(&items)?)?;
                 window_attention(device, stream, &items, pool as usize, scratch)?;
             }
-            // Weights are all the same, whatever the scores.
             Importance::Uniform => {}
         }
         Ok(())

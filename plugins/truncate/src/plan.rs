@@ -355,18 +355,20 @@ impl Task<'_> {
         let Task { layer, head, importance, keep, out, .. } = self;
         let score = |source| Kept::Score { layer: layer.index(), head, source };
         let (open, whole) = settings.split(&layer, head, &self.kinds, self.open)?;
-        let keys = layer.k()?;
         let length = layer.length();
         let (visible, window) = match &self.queries {
             Some(window) => (window.visible, window.tokens),
             None => (length, 0),
         };
-        let queries = self
-            .queries
-            .as_ref()
-            .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
         let mut scores = vec![0.0; length];
-        importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        if importance.reads_keys() {
+            let keys = layer.k()?;
+            let queries = self
+                .queries
+                .as_ref()
+                .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
+            importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        }
         if let ByScore::Sample(_) = self.how {
             importance::weights(importance, &mut scores);
         }
