@@ -79,7 +79,8 @@ impl Host {
         if let Some(model) = config.models.iter().find(|model| !model.has_values()) {
             let dtype = kvhook_abi::view::dtype_name(model.dtype());
             if offers.can & KVH_CAN_REWRITE != 0 {
-                let text = format_args!("rows of {dtype} are kept or dropped, not written anew: `rewrite` is not offered");
+                let text =
+                    format_args!("rows of {dtype} are kept or dropped, not written anew: `rewrite` is not offered");
                 config.callbacks.log(KVH_LOG_WARN, text);
             }
             offers.can &= !KVH_CAN_REWRITE;

@@ -51,8 +51,7 @@ impl OnDevice {
             let (factor, head_dim) = (weights.factor, weights.head_dim);
             let shape = Shape { factor, head_dim, dtype, arithmetic: Arithmetic::fastest(dtype, head_dim) };
             let mut device = context.cuda_device()?;
-            let mut pack =
-                |mlp: &Mlp| GroupedMlp::new(shape, device.keep(&grouped_mlp::pack(shape, linear(mlp))?)?);
+            let mut pack = |mlp: &Mlp| GroupedMlp::new(shape, device.keep(&grouped_mlp::pack(shape, linear(mlp))?)?);
             let layers = weights.layers.iter().zip(compressed);
             let layers = layers.map(|(layer, wanted)| wanted.then(|| LayerMlps::pack(layer, &mut pack)).transpose());
             let layers = layers.collect::<Result<_, CudaError>>()?;
