@@ -8,7 +8,9 @@ use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
 use super::memory::DeviceSlice;
-use super::{check, grouped_mlp, key_diff, norms, plan, rotate, sample, scores, select, top_k, window_attention};
+use super::{
+    check, grouped_mlp, key_diff, norms, plan, rotate, sample, scores, select, top_k, whole, window_attention,
+};
 
 /// A CUDA stream of the caller's, borrowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +67,7 @@ const FAMILIES: &[&Family] = &[
     &scores::FAMILY,
     &select::FAMILY,
     &top_k::FAMILY,
+    &whole::FAMILY,
     &window_attention::FAMILY,
 ];
 

@@ -13,7 +13,7 @@ use crate::choose::{self, ByScore};
 use crate::config::{History, Settings};
 use crate::error::Kept;
 use crate::importance::{self, Importance};
-use crate::kinds::{Compressed, Kinds};
+use crate::kinds::Kinds;
 use crate::window::Windows;
 
 /// All that plans are made from.
@@ -137,12 +137,7 @@ impl Settings {
     }
 
     fn whole_rows_missing(&self, layer: usize) -> Kept {
-        let compressed = match self.compressed {
-            Compressed::Text => "text",
-            Compressed::Image => "image",
-            Compressed::All => "both",
-        };
-        Kept::WholeRowsMissing { layer, compressed }
+        Kept::WholeRowsMissing { layer, compressed: self.compressed.word() }
     }
 }
 
