@@ -142,13 +142,12 @@ public:
         std::memcpy(&guarded[GUARD], content.data(), content.size());
         const cuda::Pointer start = driver_->allocate(guarded.size(), stream_);
         if (start == 0) fail("the device has no memory");
-        wait();
-        driver_->upload(start, guarded.data(), guarded.size());
+        driver_->upload(start, guarded.data(), guarded.size(), stream_);
         return reinterpret_cast<unsigned char *>(start + GUARD);
     }
     void write(unsigned char *to, const void *from, std::size_t bytes) const {
         if (on_device()) {
-            driver_->upload(reinterpret_cast<cuda::Pointer>(to), from, bytes);
+            driver_->upload(reinterpret_cast<cuda::Pointer>(to), from, bytes, stream_);
         } else {
             std::memcpy(to, from, bytes);
         }
@@ -156,6 +155,7 @@ public:
     std::vector<unsigned char> read(const void *from, std::size_t bytes) const {
         std::vector<unsigned char> content(bytes);
         if (on_device() && bytes > 0) {
+            wait();
             driver_->download(content.data(), reinterpret_cast<cuda::Pointer>(from), bytes);
         } else {
             std::memcpy(content.data(), from, bytes);
@@ -305,16 +305,26 @@ private:
                 for (std::size_t at = 0; at < q.size(); at += options_.element()) encode(options_.dtype, random.next(), &q[at]);
                 show(sequence, rank, layer, tokens, phase, q);
             }
+            const std::size_t row = DIM * options_.element();
+            // A prompt's rows go there together.
+            std::vector<unsigned char> all[2];
+            for (std::size_t part = 0; part < 2 && tokens > 1; ++part) all[part] = place_.read(rows(rank, layer, part), bytes_);
             for (std::size_t token = 0; token < tokens; ++token) {
                 for (std::size_t head = 0; head < KV_HEADS; ++head) {
                     for (std::size_t part = 0; part < 2; ++part) {
-                        unsigned char row[DIM * sizeof(float)];
+                        unsigned char bytes[DIM * sizeof(float)];
                         const float scale = 1.0f + static_cast<float>((next_ + token) % 7);
-                        for (std::size_t c = 0; c < DIM; ++c) encode(options_.dtype, random.next() * scale, row + c * options_.element());
-                        place_.write(rows(rank, layer, part) + offset(lengths[layer] + token, head), row, DIM * options_.element());
+                        for (std::size_t c = 0; c < DIM; ++c) encode(options_.dtype, random.next() * scale, bytes + c * options_.element());
+                        const std::size_t at = offset(lengths[layer] + token, head);
+                        if (tokens > 1) {
+                            std::memcpy(&all[part][at], bytes, row);
+                        } else {
+                            place_.write(rows(rank, layer, part) + at, bytes, row);
+                        }
                     }
                 }
             }
+            for (std::size_t part = 0; part < 2 && tokens > 1; ++part) place_.write(rows(rank, layer, part), all[part].data(), bytes_);
         }
         for (std::uint64_t &length : lengths) length += tokens;
         next_ += tokens;

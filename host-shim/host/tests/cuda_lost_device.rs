@@ -6,11 +6,12 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::plugin::Script;
+use common::plugin::{Script, Style};
 use common::{Engine, Placed, SMALL, Shape, gpu};
 use kvhook_host::raw::*;
 
 const DONE: i32 = KVHOOK_EVENT_PREFILL_DONE;
+const POOL: usize = 1 << 20;
 
 #[test]
 fn a_lost_device_is_told_by_the_verdict_and_by_later_calls() {
@@ -23,6 +24,9 @@ fn a_lost_device_is_told_by_the_verdict_and_by_later_calls() {
     let mut cache = engine.begin(24);
     let other = engine.begin(24);
     let placed = [Placed::new(&other, 0, false, stream)];
+    // What the host gives back on a lost device goes nowhere.
+    let pool = gpu::alloc(POOL, stream) as usize;
+    *engine.watch.pool.lock().unwrap() = pool..pool + POOL;
     engine.sync();
 
     // A list that lies nowhere.
@@ -43,7 +47,9 @@ fn a_lost_device_is_told_by_the_verdict_and_by_later_calls() {
     let logged = engine.watch.log.lock().unwrap().iter().any(|(_, text)| text.contains("CUDA_ERROR_ILLEGAL_ADDRESS"));
     assert!(logged, "{:?}", engine.watch.log.lock().unwrap());
 
+    // A plan that the plugin makes without the device.
     *script.tamper.lock().unwrap() = None;
+    *script.style.lock().unwrap() = Style::Ranges;
     let prepared = engine.prepare_placed(0, &[&other], &placed, DONE, (false, 0), stream).unwrap();
     assert_eq!(prepared, [(0, KVHOOK_REASON_DEVICE)]);
     assert_eq!(engine.fallbacks(KVHOOK_REASON_DEVICE), 2);
