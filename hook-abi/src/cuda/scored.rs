@@ -90,7 +90,7 @@ impl<S: Scorer> Scored<S> {
             };
             let kept = plan.select_on_device(layer.index(), count, false)?;
             let draw = Draw { seed: 0, round: 0, layer: 0, head: 0 };
-            jobs.push(Job { layer, window, protected: self.protected, draw, kept });
+            jobs.push(Job { layer, window, open: None, protected: self.protected, draw, kept });
         }
         Ok(())
     }
