@@ -44,15 +44,17 @@ impl Layers {
                 model.layers().len()
             )));
         }
-        let checked = (0..layers.len()).map(|index| {
+        // Collecting results would not reserve.
+        let mut checked = Vec::with_capacity(layers.len());
+        for index in 0..layers.len() {
             let mut layer: KvhLayer = layers.get(index)?;
             layer.struct_size = size_of::<KvhLayer>();
             layer.positions = KvhPositions { data: core::ptr::null(), stride_head: 0, count: 0 };
             check(&layer, index, model, block_size)
                 .map_err(|problem| HostError::View { layer: index as u32, problem })?;
-            Ok(layer)
-        });
-        Ok(Self(checked.collect::<Result<_, HostError>>()?))
+            checked.push(layer);
+        }
+        Ok(Self(checked))
     }
 
     /// Rows that are stored in each layer.

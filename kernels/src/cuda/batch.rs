@@ -119,3 +119,12 @@ impl Layouts {
         Some(number as u8)
     }
 }
+
+/// Collects results with room reserved, which collecting them into a `Result` does not do: descriptions are large.
+pub(crate) fn try_map<'a, T, U, E>(things: &'a [T], make: impl Fn(&'a T) -> Result<U, E>) -> Result<Vec<U>, E> {
+    let mut made = Vec::with_capacity(things.len());
+    for thing in things {
+        made.push(make(thing)?);
+    }
+    Ok(made)
+}

@@ -1,6 +1,6 @@
 //! What top-k and sampling share: a selection by one cluster of blocks for each head.
 
-use super::batch::{Batch, Place};
+use super::batch::{Batch, Place, try_map};
 use super::device::{Device, Grid, Stream};
 use super::error::CudaError;
 use super::memory::DeviceSlice;
@@ -62,7 +62,7 @@ pub(crate) fn launch(
     verdict: &Verdict,
 ) -> Result<(), CudaError> {
     check_items(tasks.len())?;
-    let sizes = tasks.iter().map(Task::check).collect::<Result<Vec<_>, _>>()?;
+    let sizes = try_map(tasks, Task::check)?;
     let longest = sizes.iter().map(|&(length, _)| length).max().unwrap_or(0);
     // The kept tokens are the same however many blocks share a head.
     let wanted = longest.div_ceil(TOKENS_OF_BLOCK).next_power_of_two().min(8) as u32;

@@ -1,6 +1,6 @@
 //! A plan's lists: copied and checked, with the positions that the kept rows stand for; and lists that follow a formula.
 
-use super::batch::{Batch, Place};
+use super::batch::{Batch, Place, try_map};
 use super::check::Indices;
 use super::device::{Device, Family, Grid, Image, Kernel, Stream};
 use super::error::CudaError;
@@ -80,7 +80,7 @@ pub struct Adoption {
 /// Lists that end behind their buffer; more heads or items than a verdict can name; [`CudaError::Driver`].
 pub fn adopt(device: &Device, stream: Stream, adoptions: &[Adoption], verdict: &Verdict) -> Result<(), CudaError> {
     check_items(adoptions.len())?;
-    let items = adoptions.iter().map(Item::new).collect::<Result<Vec<_>, _>>()?;
+    let items = try_map(adoptions, Item::new)?;
     let encode = |&(item, heads): &(Item, u32), _: &mut _, place: Place| {
         let tiles_of_list = item.count.div_ceil(TILE);
         let item = Item { first_tile: place.first_tile, item: place.item, tiles_of_list, ..item };
