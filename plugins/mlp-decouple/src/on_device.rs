@@ -78,7 +78,9 @@ impl OnDevice {
 
     fn lay_out<'a>(&self, settings: &Settings, sequence: &SequenceView<'a>, plan: &mut Plan<'a>) -> Result<Work, Kept> {
         let mut work = Work::default();
-        for Rewrite { layer, lent, runs } in rewrites(settings, sequence, plan)? {
+        let rewrites = rewrites(settings, sequence, plan)?;
+        plan.reserve_on_device(rewrites.iter().map(|of_layer| of_layer.lent.length()))?;
+        for Rewrite { layer, lent, runs } in rewrites {
             let number = layer.index();
             let Some(mlps) = self.layers.get(number) else {
                 return Err(Kept::Layers { found: number + 1, expected: settings.layers.len() });

@@ -129,9 +129,16 @@ impl OnDevice {
     ) -> Result<(), Kept> {
         let settings = planner.settings;
         let kinds = Kinds::new(settings.compressed, sequence.segments(), sequence.next_position());
-        for Wished { layer, open: tokens, keep, wish } in planner.wishes(sequence, &kinds)? {
+        let wished = planner.wishes(sequence, &kinds)?;
+        plan.reserve_on_device(wished.iter().map(|of_layer| match of_layer.wish {
+            Wish::All | Wish::Ranges(_) => 0,
+            Wish::ByPlace => of_layer.count(),
+            Wish::ByScore(..) => of_layer.layer.kv_heads() * of_layer.count(),
+        }))?;
+        for of_layer in wished {
+            let count = of_layer.count();
+            let Wished { layer, open: tokens, keep, wish } = of_layer;
             let (number, length) = (layer.index(), layer.length());
-            let count = keep + tokens.whole as usize;
             let stretches = match wish {
                 Wish::All | Wish::Ranges(_) => Arc::default(),
                 _ => open_stretches(settings, &kinds, sequence, &layer)?,

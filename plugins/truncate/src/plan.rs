@@ -38,6 +38,13 @@ pub struct Wished<'a> {
     pub wish: Wish,
 }
 
+impl Wished<'_> {
+    /// Rows that are kept.
+    pub fn count(&self) -> usize {
+        self.keep + self.open.whole as usize
+    }
+}
+
 /// Which rows of a layer are kept.
 pub enum Wish {
     /// All.
