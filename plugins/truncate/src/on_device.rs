@@ -208,7 +208,10 @@ impl OnDevice {
             return Ok(());
         }
         let (device, stream) = (&self.device, call.cuda_stream()?);
-        let keys = jobs.iter().map(|job| job.layer.k_device()).collect::<Result<Vec<_>, _>>()?;
+        let mut keys = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            keys.push(job.layer.k_device()?);
+        }
         let each = || keys.iter().zip(jobs).zip(scores);
         match importance {
             Importance::KeyNorm => {

@@ -196,13 +196,19 @@ impl Planner<'_> {
     pub fn wishes<'a>(&self, sequence: &SequenceView<'a>, kinds: &Kinds) -> Result<Vec<Wished<'a>>, Kept> {
         let settings = self.settings;
         let position = sequence.next_position();
-        let layers = sequence.layers().collect::<Result<Vec<_>, _>>()?;
+        // With room reserved, which collecting results does not do: this is on the way of every call.
+        let mut layers = Vec::with_capacity(sequence.layer_count());
+        for layer in sequence.layers() {
+            layers.push(layer?);
+        }
         let counts = settings.counts(position, kinds, layers.iter().map(|layer| layer.length() as u64))?;
-        let wished = layers.into_iter().zip(counts).map(|(layer, count)| {
+        let mut wished = Vec::with_capacity(layers.len());
+        for (layer, count) in layers.into_iter().zip(counts) {
             let (number, length) = (layer.index(), layer.length() as u64);
             if count == length {
                 let open = Tokens { seen: length, stored: length, whole: 0 };
-                return Ok(Wished { layer, open, keep: length as usize, wish: Wish::All });
+                wished.push(Wished { layer, open, keep: length as usize, wish: Wish::All });
+                continue;
             }
             let open = settings.tokens(number, length, position, kinds)?;
             let keep = (count - open.whole) as usize;
@@ -227,9 +233,9 @@ impl Planner<'_> {
                     Wish::ByScore(ByScore::Sample(draw), importance)
                 }
             };
-            Ok(Wished { layer, open, keep, wish })
-        });
-        wished.collect()
+            wished.push(Wished { layer, open, keep, wish });
+        }
+        Ok(wished)
     }
 
     /// Fills what needs no scores, and adds tasks for the rest.
