@@ -97,8 +97,8 @@ typedef struct KvhookHostConfig {
     KvhArray models;
     // What the engine offers. Copied.
     const KvhOffers *offers;
-    // `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in
-    // order. Empty: `KVHOOK_PLUGIN_PATH`, or the program's folder, `deps` in it and `../lib/kvhook/plugins` beside it.
+    // `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in order. Empty:
+    // `KVHOOK_PLUGIN_PATH`, or `deps` in the program's folder, that folder and `../lib/kvhook/plugins` beside it.
     KvhArray plugin_folders;
     // Folder for private copies, made with mode 0700. Empty: `kvhook/plugins` in the user's cache folder.
     KvhStr copy_folder;

@@ -174,8 +174,8 @@ pub struct KvhookHostConfig {
     pub models: KvhArray,
     /// What the engine offers. Copied.
     pub offers: *const KvhOffers,
-    /// `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in
-    /// order. Empty: `KVHOOK_PLUGIN_PATH`, or the program's folder, `deps` in it and `../lib/kvhook/plugins` beside it.
+    /// `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in order. Empty:
+    /// `KVHOOK_PLUGIN_PATH`, or `deps` in the program's folder, that folder and `../lib/kvhook/plugins` beside it.
     pub plugin_folders: KvhArray,
     /// Folder for private copies, made with mode 0700. Empty: `kvhook/plugins` in the user's cache folder.
     pub copy_folder: KvhStr,
