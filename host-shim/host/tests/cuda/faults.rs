@@ -179,10 +179,9 @@ fn dtypes_are_refused_where_they_cannot_be_worked_with() {
     let logged = |text: &str| engine.watch.log.lock().unwrap().iter().any(|(_, line)| line.contains(text));
     assert!(logged("kept or dropped, not written anew"));
     // An odd head_dim is no pairs of bytes.
-    let script = Arc::new(Script::default());
-    let engine = Engine::with(Shape { dtype: FP8, ..GPU }, &script);
-    let mut cache = engine.begin(20);
-    assert_eq!(engine.plan(&mut cache, DONE, false), Err(KVH_REASON_UNSUPPORTED));
-    let logged = |text: &str| engine.watch.log.lock().unwrap().iter().any(|(_, line)| line.contains(text));
-    assert!(logged("expected an even head_dim"));
+    let (status, text) = common::create_for(Shape { dtype: FP8, ..GPU }, device, true).unwrap_err();
+    assert!(
+        status == KVHOOK_ERR_UNSUPPORTED && text.contains("layer 0: rows of 4 and 3 elements of one byte"),
+        "{text}"
+    );
 }
