@@ -95,6 +95,12 @@ template <class Head, class Item, int N> struct Batch {
     }
 };
 
+// Shared memory of the launch's size. Declared here: in a namespace without a name it would be named after the file's path.
+__device__ inline uint4 *dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return memory;
+}
+
 // Elements of each dtype, and the two that share a 32-bit word.
 template <class T> struct Element;
 

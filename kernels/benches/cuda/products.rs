@@ -17,7 +17,7 @@ use super::{Bench, HEADS, LAYERS, Memory, Random};
 const PRODUCTS: f64 = 776e12;
 
 pub(super) fn run(bench: &Bench) {
-    for length in [2048, 8192, 32_768, 131_072] {
+    for length in bench.filter.lengths() {
         let keys = Keys::new(bench, length, 128, 0);
         keys.attention(bench, 64, 4, false);
         keys.attention(bench, 64, 4, true);
@@ -27,19 +27,24 @@ pub(super) fn run(bench: &Bench) {
         keys.rotate(bench);
         keys.compress(bench, 5, Arithmetic::TensorCores);
     }
-    let paged = Keys::new(bench, 32_768, 128, 16);
-    paged.attention(bench, 64, 4, false);
-    paged.attention(bench, 1, 4, false);
-    paged.rotate(bench);
-    paged.compress(bench, 5, Arithmetic::TensorCores);
-    let narrow = Keys::new(bench, 32_768, 64, 0);
-    narrow.attention(bench, 64, 4, false);
-    narrow.attention(bench, 1, 4, false);
-    narrow.compress(bench, 5, Arithmetic::TensorCores);
-    let short = Keys::new(bench, 8192, 128, 0);
-    short.compress(bench, 2, Arithmetic::TensorCores);
-    short.compress(bench, 8, Arithmetic::TensorCores);
-    short.compress(bench, 5, Arithmetic::Exact);
+    let wanted = |length: usize| bench.filter.tokens.is_none_or(|tokens| tokens == length);
+    if wanted(32_768) {
+        let paged = Keys::new(bench, 32_768, 128, 16);
+        paged.attention(bench, 64, 4, false);
+        paged.attention(bench, 1, 4, false);
+        paged.rotate(bench);
+        paged.compress(bench, 5, Arithmetic::TensorCores);
+        let narrow = Keys::new(bench, 32_768, 64, 0);
+        narrow.attention(bench, 64, 4, false);
+        narrow.attention(bench, 1, 4, false);
+        narrow.compress(bench, 5, Arithmetic::TensorCores);
+    }
+    if wanted(8192) {
+        let short = Keys::new(bench, 8192, 128, 0);
+        short.compress(bench, 2, Arithmetic::TensorCores);
+        short.compress(bench, 8, Arithmetic::TensorCores);
+        short.compress(bench, 5, Arithmetic::Exact);
+    }
 }
 
 /// Keys of all layers, or values.
