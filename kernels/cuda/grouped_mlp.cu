@@ -9,7 +9,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 // Groups of a tile of the tensor-core kernels. `TILE` of grouped_mlp.rs.
@@ -611,7 +611,7 @@ template <class T> struct Plain {
     }
 };
 
-} // namespace
+} // namespace kvhook
 
 #define FAST(NAME, TYPE, D)                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \

@@ -16,7 +16,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 // Folds the four columns that a lane has over the lanes of its columns. Lane l gets column 8 (l / 16 % 2) + 2 (l % 4) +
 // l / 8 % 2, as does its neighbour l ^ 4.
@@ -407,7 +407,7 @@ template <class Pass, bool COLUMNS> __device__ void run_pass(const Launch &launc
     }
 }
 
-} // namespace
+} // namespace kvhook
 
 #define PASSES(NAME, TYPE, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
