@@ -4,8 +4,8 @@
 //! left in the second-level cache from one call to the next (268 MB of K and V at 2,048 tokens). Median of `RUNS` calls
 //! between events; the spread is from the 10th to the 90th percentile. Prints a table and exits at once without a device.
 //!
-//! `cargo bench -p kvhook-kernels --features cuda --bench cuda`; with `-- products`, only the operations that multiply, with a
-//! number behind `--` only sequences of so many tokens, and with any other text only operations whose name holds it.
+//! `cargo bench -p kvhook-kernels --features cuda --bench cuda`; with `-- products`, only the operations that multiply,
+//! with a number behind `--` only sequences of so many tokens, and with any other text only operations whose name holds it.
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
 
 use std::ffi::c_void;
@@ -44,7 +44,7 @@ fn main() {
     let bench = Bench::new(device, Filter::from_arguments());
     println!("copy: {:.3} TB/s read and written", bench.bandwidth / 1e12);
     println!(
-        "{:34} {:>7} {:>9} {:>13} {:>10} {:>8} {:>8} {:>8} {:>8}",
+        "{:42} {:>7} {:>9} {:>13} {:>10} {:>8} {:>8} {:>8} {:>8}",
         "operation, all layers in one call",
         "tokens",
         "us/layer",
@@ -247,7 +247,7 @@ impl Bench {
         let layer = |seconds: f64| seconds * 1e6 / LAYERS as f64;
         let (once, phases) = (once / self.bandwidth * 1e6, phases / self.bandwidth * 1e6);
         println!(
-            "{name:34} {length:>7} {:>9.2} {:>13} {:>10.3} {once:>8.2} {phases:>8.2} {:>8.2} {:>8.1}",
+            "{name:42} {length:>7} {:>9.2} {:>13} {:>10.3} {once:>8.2} {phases:>8.2} {:>8.2} {:>8.1}",
             layer(times.median),
             format!("{:.2}-{:.2}", layer(times.low), layer(times.high)),
             times.median * 1e3,
@@ -396,6 +396,21 @@ impl Bench {
             run_check();
             commit();
         });
+        let layer_keys: Vec<Rows> = rows.iter().step_by(2).copied().collect();
+        for window in [64, 1] {
+            let attention = products::Attention::new(self, &layer_keys, length, window, 4, false);
+            let best: Vec<TopK> =
+                (0..LAYERS).map(|layer| TopK { scores: attention.scores(layer), ..best[layer] }).collect();
+            let pass = of_keys.max(products::attention_bytes(self, window * 4, length, head_dim));
+            let passes = if window == 1 { 1.0 } else { 2.0 };
+            let name = name(&format!("attention W {window} G 4, whole, 1/2"));
+            self.row(&name, length, 2.5 * of_keys, 2.0 * of_keys + passes * pass, || {
+                attention.run(self);
+                top_k(&self.device, self.stream(), &best, &verdict).unwrap();
+                run_check();
+                commit();
+            });
+        }
         if form == Form::HeadMajor && head_dim == 128 {
             // Weights: the norms' absolute values.
             row_norms(&self.device, self.stream(), &norms, Sign::Positive).unwrap();

@@ -389,14 +389,25 @@ template <class T> struct Wide128 {
         return {load_once(rows[0] + place), load_once(rows[1] + place)};
     }
 
+    // Brings rows into the second-level cache: a line by each of a row's first two lanes.
+    __device__ void bring(const char *const (&rows)[2]) const {
+        if (lane % 4 < 2) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[half] + lane % 4 * 128));
+            }
+        }
+    }
+
     // A layer whose inputs are the sums of the one before.
     __device__ void next_layer(float (&sums)[64], int layer) const {
         uint4 hidden[D / STEP];
 #pragma unroll
         for (int step = 0; step < D / STEP; step++) {
             const float *from = sums + step * 8;
-            hidden[step] = make_uint4(Mma<T>::pack(relu(from[0]), relu(from[1])), Mma<T>::pack(relu(from[2]), relu(from[3])),
-                                      Mma<T>::pack(relu(from[4]), relu(from[5])), Mma<T>::pack(relu(from[6]), relu(from[7])));
+            hidden[step] =
+                make_uint4(Mma<T>::pack(relu(from[0]), relu(from[1])), Mma<T>::pack(relu(from[2]), relu(from[3])),
+                           Mma<T>::pack(relu(from[4]), relu(from[5])), Mma<T>::pack(relu(from[6]), relu(from[7])));
         }
         start(sums, layer);
         multiply(sums, hidden, weights + (launch.head.factor + layer - 1) * (D / 64) * PANEL_BYTES);
@@ -418,7 +429,8 @@ template <class T> struct Wide128 {
                 uint32_t words[4];
 #pragma unroll
                 for (int part = 0; part < 4; part++) {
-                    float low = sums[(chunk * 4 + part) * 4 + half * 2], high = sums[(chunk * 4 + part) * 4 + half * 2 + 1];
+                    float low = sums[(chunk * 4 + part) * 4 + half * 2];
+                    float high = sums[(chunk * 4 + part) * 4 + half * 2 + 1];
                     fits = fits && fabsf(low) <= largest_value<T>() && fabsf(high) <= largest_value<T>();
                     words[part] = Mma<T>::pack(low, high);
                 }
@@ -441,7 +453,15 @@ template <class T> struct Wide128 {
         uint32_t factor = launch.head.factor;
         Input inputs[CHUNKS];
         const char *rows[2];
-        find(rows, Lane(*item, first), 0);
+        // Finds rows of the tile, or of the group's next one behind its last member.
+        auto find_ahead = [&](uint32_t tile, uint32_t member) {
+            bool is_next = member >= factor;
+            find(rows, Lane(*item, is_next && tile + step < end ? tile + step : tile),
+                 is_next ? min(member - factor, factor - 1) : member);
+        };
+        find_ahead(first, 1);
+        bring(rows);
+        find_ahead(first, 0);
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             inputs[chunk] = load(rows, chunk);
@@ -451,9 +471,10 @@ template <class T> struct Wide128 {
             start(sums, 0);
 #pragma unroll 1
             for (uint32_t member = 0; member < factor; member++) {
-                // A row of each group is on its way: the next member, or the next tile's first.
-                bool is_last = member + 1 == factor;
-                find(rows, Lane(*item, is_last && tile + step < end ? tile + step : tile), is_last ? 0 : member + 1);
+                // A row of each group is on its way to registers, and the one behind it to the second-level cache.
+                find_ahead(tile, member + 2);
+                bring(rows);
+                find_ahead(tile, member + 1);
                 uint4 operands[D / STEP];
 #pragma unroll
                 for (int chunk = 0; chunk < CHUNKS; chunk++) {

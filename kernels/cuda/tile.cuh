@@ -47,7 +47,6 @@ template <class T> struct Word<T, 1> {
 // The place of a tile in its view.
 struct TilePlace {
     uint32_t chain, tile_of_chain;
-    TilePlace() = default;
     __device__ TilePlace(const Tiles &tiles, uint32_t tile) {
         chain = tile / tiles.tiles_of_chain;
         tile_of_chain = tile - chain * tiles.tiles_of_chain;

@@ -35,11 +35,7 @@ template <int ROWS> __device__ inline uint32_t step_address(uint32_t tile, int s
     return tile + step / 4 * (ROWS * 128) + step % 4 * 32;
 }
 
-__device__ inline uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
-
-__device__ inline void copy_word(uint32_t shared, const char *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
+#if WIDE
 
 // Makes words that this thread wrote, or knows to be written, visible to products.
 __device__ inline void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -72,8 +68,6 @@ __device__ inline void numbered_sync(int number, int threads) {
 __device__ inline void numbered_arrive(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-
-#if WIDE
 
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

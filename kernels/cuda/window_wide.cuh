@@ -11,6 +11,8 @@ namespace kvhook {
 
 constexpr int GROUPS = 4;
 
+#if WIDE
+
 // Adjacent splits of a head: a block's tiles from `tile` on, as far as they are of one head.
 struct Stretch {
     const Item *item;
@@ -74,8 +76,6 @@ __device__ inline void copy_rows(uint32_t tile, const char *row, uint32_t first,
     }
 }
 
-#if WIDE
-
 // The multiplications of a tile, by turns; `a` and `b` give the operands of a step.
 template <class T, int STEPS, class A, class B>
 __device__ inline void multiply_in_turn(const Turns &turns, float (&sums)[64], A a, B b) {
@@ -84,7 +84,7 @@ __device__ inline void multiply_in_turn(const Turns &turns, float (&sums)[64], A
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         Wide<T>::multiply(sums, a(step), b(step), step > 0);
-        if (step == STEPS - 3) {
+        if (step == STEPS / 2 - 1) {
             products_commit();
         }
     }
@@ -99,6 +99,9 @@ __device__ inline void multiply_in_turn(const Turns &turns, float (&sums)[64], A
 template <class T, int D> struct WideSums {
     static constexpr int PANELS = (D + 63) / 64, STEPS = D / STEP, STAGES = 4;
     static constexpr uint32_t KEYS = 128, TILE_BYTES = KEYS * 128 * PANELS;
+
+    // Of exponentials whose reference stays: 2^REACH.
+    static constexpr float MOST = 18446744073709551616.f;
 
     const Launch &launch;
     uint32_t tiles, barriers;
@@ -170,8 +173,8 @@ template <class T, int D> struct WideSums {
     }
 
     // What is known of a split, which lies with four lanes; the next one begins.
-    __device__ static void store(const Item &item, uint32_t head, uint32_t split, float (&references)[2], float (&totals)[2],
-                                 uint32_t row, int lane) {
+    __device__ static void store(const Item &item, uint32_t head, uint32_t split, float (&references)[2],
+                                 float (&totals)[2], uint32_t row, int lane) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float reference = references[half], total = totals[half];
@@ -201,7 +204,8 @@ template <class T, int D> struct WideSums {
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             int channel = step * STEP + lane % 4 * 2;
-            queries[step] = make_uint4(word(low, channel), word(high, channel), word(low, channel + 8), word(high, channel + 8));
+            queries[step] =
+                make_uint4(word(low, channel), word(high, channel), word(low, channel + 8), word(high, channel + 8));
         }
     }
 
@@ -217,26 +221,33 @@ template <class T, int D> struct WideSums {
         }
     }
 
+    // The sum of a row's exponentials relative to a reference.
+    __device__ static float exponentials(const float (&sums)[64], int half, float scale, float reference) {
+        float parts[2] = {};
+#pragma unroll
+        for (int at = 0; at < 32; at++) {
+            parts[at % 2] += exp2_fast(fmaf(sums[at / 2 * 4 + half * 2 + at % 2], scale, -reference));
+        }
+        return parts[0] + parts[1];
+    }
+
     // Adds exponentials relative to a reference, which is raised where a logit lies far above it: rarely more than once.
     __device__ static void add(const float (&sums)[64], float scale, float (&references)[2], float (&totals)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float largest[2] = {-INFINITY, -INFINITY};
+            float total = exponentials(sums, half, scale, references[half]);
+            // No more than the sum is any of them.
+            if (!(total <= MOST)) {
+                float largest = -INFINITY;
 #pragma unroll
-            for (int at = 0; at < 32; at++) {
-                largest[at % 2] = fmaxf(largest[at % 2], sums[at / 2 * 4 + half * 2 + at % 2]);
+                for (int at = 0; at < 32; at++) {
+                    largest = fmaxf(largest, sums[at / 2 * 4 + half * 2 + at % 2]);
+                }
+                totals[half] *= exp2_fast(references[half] - largest * scale);
+                references[half] = largest * scale;
+                total = exponentials(sums, half, scale, references[half]);
             }
-            float logit = fmaxf(largest[0], largest[1]) * scale;
-            if (logit - references[half] > REACH) {
-                totals[half] *= exp2_fast(references[half] - logit);
-                references[half] = logit;
-            }
-            float parts[2] = {};
-#pragma unroll
-            for (int at = 0; at < 32; at++) {
-                parts[at % 2] += exp2_fast(fmaf(sums[at / 2 * 4 + half * 2 + at % 2], scale, -references[half]));
-            }
-            totals[half] += parts[0] + parts[1];
+            totals[half] += total;
         }
     }
 

@@ -10,19 +10,14 @@ use super::tile::{Names, RawTiles, TILE_ROWS, Tiling, VARIANTS, check_scores};
 pub(crate) const FAMILY: Family = Family {
     image: &Image(*include_bytes!("../../prebuilt/key_diff.fatbin")),
     kernels: &[
-        Kernel { name: "key_diff_f32", shared: AHEAD },
-        Kernel { name: "key_diff_f16", shared: AHEAD },
-        Kernel { name: "key_diff_bf16", shared: AHEAD },
+        Kernel { name: "key_diff_f32", shared: 0 },
+        Kernel { name: "key_diff_f16", shared: 0 },
+        Kernel { name: "key_diff_bf16", shared: 0 },
         Kernel { name: "key_diff_any_f32", shared: 0 },
         Kernel { name: "key_diff_any_f16", shared: 0 },
         Kernel { name: "key_diff_any_bf16", shared: 0 },
     ],
 };
-
-/// Threads of a block for rows of 16-byte words, and shared memory that they read ahead into: 16 words each. `Stream` of
-/// key_diff.cu.
-const THREADS: u32 = 512;
-const AHEAD: u32 = THREADS * 16 * 16;
 
 const NAMES: Names = Names {
     in_words: ["key_diff_f32", "key_diff_f16", "key_diff_bf16"],
@@ -79,19 +74,13 @@ pub fn key_diff(device: &Device, stream: Stream, items: &[KeyDiff], scratch: Dev
                 };
                 Some((item, task.tiling.tiles))
             };
-            let empty = Head { ticket: 0, segments: 0, tickets: 0, order: [Segment::default(); SEGMENTS] };
+            let empty = Head { ticket: 0, segments: 0, unused: 0, order: [Segment::default(); SEGMENTS] };
             Batch::<Head, Item, ITEMS>::for_each(empty, part, encode, |batch| {
                 batch.head.ticket = scratch + 4 * launches;
                 launches += 1;
                 let tickets = order(batch);
-                let in_words = variant.1;
-                let grid = if in_words {
-                    Grid { shared: AHEAD, ..Grid::new(tickets.min(device.multiprocessors()), THREADS) }
-                } else {
-                    Grid::new(tickets, TILE_ROWS)
-                };
                 // SAFETY: the kernel takes this batch; keys, scores and working memory are lent until it has run.
-                unsafe { device.launch(stream, NAMES.of(variant), grid, batch) }
+                unsafe { device.launch(stream, NAMES.of(variant), Grid::new(tickets, TILE_ROWS), batch) }
             })?;
         }
     }
@@ -118,7 +107,7 @@ const SEGMENTS_OF_CHAIN: usize = 4;
 
 /// Tiles of the first pass between the end of a chain and the second pass over it: twice as many as run at once, so that the
 /// second pass does not wait.
-fn lead() -> u32 { std::env::var("KD_LEAD").ok().and_then(|x| x.parse().ok()).unwrap_or(384) }
+const LEAD: u32 = 1024;
 
 /// An item, and where its working memory begins: floats, or counters of 32 bits.
 struct Task {
@@ -210,15 +199,14 @@ fn order(batch: &mut Batch<Head, Item, ITEMS>) -> u32 {
         for chain in 0..u32::from(item.chains) {
             let first = item.first_tile + chain * item.tiles_of_chain;
             let end = first + item.tiles_of_chain;
-            sum_up_to(&mut push, end + lead() / 2);
+            sum_up_to(&mut push, end + LEAD / 2);
             push(DIRECTION, first, u32::from(item.heads_of_chain));
-            sum_up_to(&mut push, end + lead());
+            sum_up_to(&mut push, end + LEAD);
             push(SCORE, end - 1, item.tiles_of_chain);
         }
     }
     batch.head.order = segments;
     batch.head.segments = count as u32;
-    batch.head.tickets = tickets;
     tickets
 }
 
@@ -240,7 +228,7 @@ struct Segment {
 struct Head {
     ticket: u64,
     segments: u32,
-    tickets: u32,
+    unused: u32,
     order: [Segment; SEGMENTS],
 }
 
