@@ -116,7 +116,8 @@ pub struct WindowAttention {
 ///
 /// f16 and bf16 at head_dim 64, 96, 128 and 256, in 16-byte words, take tensor cores: products are exact, sums f32. Others
 /// take f32 throughout, many times slower. Scores differ from the CPU's by the rounding of sums and exponentials, at most
-/// 1e-4 of the head's largest score in the tests. At most five launches for each 224 items of one dtype, head_dim and path.
+/// 1e-4 of the head's largest score in the tests. From 129 to 256 query rows of a KV head, Hopper takes products of its own,
+/// which may round sums otherwise. At most five launches for each 224 items of one dtype, head_dim and path.
 ///
 /// Floor: reads K once, `heads * length * head_dim * dtype` bytes, where a KV head has at most 8 query rows (`window` times
 /// its query heads) or the log-sum-exp is given; twice otherwise. Each reading multiplies `2 * rows * head_dim` operations
