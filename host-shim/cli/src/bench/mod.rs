@@ -28,7 +28,7 @@ use cpu::Cpu;
 use engine::{Compression, Engine};
 use error::BenchError;
 use floors::{H100_PRODUCTS, Rates, floors};
-use machine::{Machine, Measured};
+use machine::{Machine, Measured, Work};
 use peers::Peers;
 use report::{Measurement, Report};
 use rows::{Operation, Row};
@@ -57,8 +57,9 @@ pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, Cli
         let count = next.iter().take_while(|row| row.shape == first.shape && row.form == first.form).count();
         let mut engine = Engine::new(&*machine, first.shape, first.form)?;
         for row in &next[..count] {
-            let measured = measure(&*machine, &mut engine, row)?;
-            report.rows.push(Measurement::new(row, &measured, floors(row, &rates)));
+            let (measured, in_plugin) = measure(&*machine, &mut engine, row)
+                .map_err(|source| BenchError::Row { row: row.name(), source: Box::new(source) })?;
+            report.rows.push(Measurement::new(row, &measured, in_plugin, floors(row, &rates)));
             show(&report);
         }
         next = &next[count..];
@@ -66,15 +67,19 @@ pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, Cli
     Ok(report)
 }
 
-fn measure<'a>(machine: &'a dyn Machine, engine: &mut Engine<'a>, row: &Row) -> Result<Measured, CliError> {
+/// Times of a row, and the plugin's mean seconds in a call.
+fn measure<'a>(
+    machine: &'a dyn Machine,
+    engine: &mut Engine<'a>,
+    row: &Row,
+) -> Result<(Measured, Option<f64>), BenchError> {
     let cache = Cache::new(machine, row)?;
-    let named = |source| CliError::from(BenchError::Row { row: row.name(), source: Box::new(source) });
-    match row.operation {
-        Operation::Commit => machine.measure(&mut *machine.moves(&cache, row, false)?),
-        Operation::TopK => machine.measure(&mut *machine.moves(&cache, row, true)?),
-        _ => machine.measure(&mut Compression::new(machine, engine, &cache, row)?),
-    }
-    .map_err(named)
+    let mut work: Box<dyn Work + '_> = match row.operation {
+        Operation::Commit => machine.moves(&cache, row, false)?,
+        Operation::TopK => machine.moves(&cache, row, true)?,
+        _ => Box::new(Compression::new(machine, engine, &cache, row)?),
+    };
+    Ok((machine.measure(&mut *work)?, work.in_plugin()))
 }
 
 fn open(device: BenchDevice) -> Result<Box<dyn Machine>, CliError> {
