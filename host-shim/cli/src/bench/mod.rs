@@ -30,13 +30,14 @@ use error::BenchError;
 use floors::{H100_PRODUCTS, Rates, floors};
 use machine::{Machine, Measured, Work};
 use peers::Peers;
-use report::{Measurement, Report};
+use report::{Failure, Measurement, Report};
 use rows::{Operation, Row};
 
-/// Measures every row that the options select, and hands each one to `show` when it is done.
+/// Measures every row that the options select, and hands the report to `show` with each. A row that cannot be measured is
+/// one of the report's failures, and the others go on.
 ///
 /// # Errors
-/// [`BenchError`] in [`CliError::Bench`]; files that cannot be read; what host and plugins refuse.
+/// [`BenchError`] in [`CliError::Bench`], also where a device is lost; files that cannot be read; a host that is refused.
 pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, CliError> {
     let peers = options.peers.as_deref().map(Peers::read).transpose()?;
     let all = match options.device {
@@ -57,10 +58,17 @@ pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, Cli
         let count = next.iter().take_while(|row| row.shape == first.shape && row.form == first.form).count();
         let mut engine = Engine::new(&*machine, first.shape, first.form)?;
         for row in &next[..count] {
-            let (measured, in_plugin) = measure(&*machine, &mut engine, row)
-                .map_err(|source| BenchError::Row { row: row.name(), source: Box::new(source) })?;
-            report.rows.push(Measurement::new(row, &measured, in_plugin, floors(row, &rates)));
-            show(&report);
+            match measure(&*machine, &mut engine, row) {
+                Ok((measured, in_plugin)) => {
+                    report.rows.push(Measurement::new(row, &measured, in_plugin, floors(row, &rates)));
+                    show(&report);
+                }
+                // Whatever comes next would fail, too.
+                Err(source @ (BenchError::Driver { .. } | BenchError::NoVerdict { .. })) => {
+                    return Err(BenchError::Row { row: row.name(), source: Box::new(source) }.into());
+                }
+                Err(error) => report.failed.push(Failure { row: row.name(), why: error.to_string() }),
+            }
         }
         next = &next[count..];
     }

@@ -32,9 +32,20 @@ pub struct Report {
     pub exponentials_per_second: Option<f64>,
     /// In the order in which they were measured.
     pub rows: Vec<Measurement>,
+    /// Rows that could not be measured.
+    pub failed: Vec<Failure>,
     /// What other programs took.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<Peer>,
+}
+
+/// A row that could not be measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Its name.
+    pub row: String,
+    /// What was said.
+    pub why: String,
 }
 
 /// What a run ran on.
@@ -141,6 +152,7 @@ impl Report {
             products_measured: rates.products.is_some() && peers.is_some_and(|peers| peers.products.is_some()),
             exponentials_per_second: rates.exponentials,
             rows: Vec::new(),
+            failed: Vec::new(),
             peers: peers.map(|peers| peers.rows.clone()).unwrap_or_default(),
         }
     }

@@ -131,6 +131,7 @@ mod tests {
                 floor_once_us: 320.0,
                 floor_phases_us: 400.0,
             }],
+            failed: Vec::new(),
             peers: vec![Peer {
                 peer: "kvpress Knorm".into(),
                 operation: "key_norm".into(),
