@@ -28,7 +28,8 @@ public:
         return mem_alloc_async_(&data, bytes, stream) == 0 ? data : 0;
     }
     void free(Pointer data, Stream stream) const { check(mem_free_async_(data, stream), "cuMemFreeAsync"); }
-    void upload(Pointer to, const void *from, std::size_t bytes) const { check(to_device_(to, from, bytes), "cuMemcpyHtoD"); }
+    // In the stream's order. `from` may be used again at once: pageable memory is copied before the call returns.
+    void upload(Pointer to, const void *from, std::size_t bytes, Stream stream) const { check(to_device_(to, from, bytes, stream), "cuMemcpyHtoDAsync"); }
     void download(void *to, Pointer from, std::size_t bytes) const { check(to_host_(to, from, bytes), "cuMemcpyDtoH"); }
     Stream stream() const {
         Stream stream = nullptr;
@@ -49,7 +50,7 @@ private:
         find(library, "cuCtxSetCurrent", set_current_);
         find(library, "cuMemAllocAsync", mem_alloc_async_);
         find(library, "cuMemFreeAsync", mem_free_async_);
-        find(library, "cuMemcpyHtoD_v2", to_device_);
+        find(library, "cuMemcpyHtoDAsync_v2", to_device_);
         find(library, "cuMemcpyDtoH_v2", to_host_);
         find(library, "cuStreamCreate", stream_create_);
         find(library, "cuStreamSynchronize", stream_synchronize_);
@@ -78,7 +79,7 @@ private:
     Status (*set_current_)(Context) = nullptr;
     Status (*mem_alloc_async_)(Pointer *, std::size_t, Stream) = nullptr;
     Status (*mem_free_async_)(Pointer, Stream) = nullptr;
-    Status (*to_device_)(Pointer, const void *, std::size_t) = nullptr;
+    Status (*to_device_)(Pointer, const void *, std::size_t, Stream) = nullptr;
     Status (*to_host_)(void *, Pointer, std::size_t) = nullptr;
     Status (*stream_create_)(Stream *, unsigned) = nullptr;
     Status (*stream_synchronize_)(Stream) = nullptr;

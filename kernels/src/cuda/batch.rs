@@ -38,9 +38,10 @@ impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
         if things.is_empty() {
             return Ok(());
         }
-        let empty =
-            || Self { head, count: 0, tiles: 0, layouts: [RawLayout::default(); LAYOUTS], items: [I::default(); N] };
-        let (mut batch, mut layouts) = (empty(), Layouts::default());
+        let layouts = [RawLayout::default(); LAYOUTS];
+        // Made where it stays: it is as large as a launch's parameters may be.
+        let mut batch = Self { head, count: 0, tiles: 0, layouts, items: [I::default(); N] };
+        let mut layouts = Layouts::default();
         for (index, thing) in things.iter().enumerate() {
             // A thing takes fewer layouts than a launch has, so the second try finds room.
             for _ in 0..2 {
@@ -60,7 +61,9 @@ impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
                     None if batch.tiles > 0 => {
                         batch.layouts = layouts.raw;
                         launch(&mut batch)?;
-                        (batch, layouts) = (empty(), Layouts::default());
+                        // Items behind `count` are nobody's.
+                        (batch.head, batch.count, batch.tiles) = (head, 0, 0);
+                        layouts = Layouts::default();
                     }
                     None => {
                         return Err(CudaError::TooLarge {

@@ -49,7 +49,7 @@ impl Plugin for MlpDecouple {
         let (settings, weights) = config::open(&config, context)?;
         let place = match context.model.on_cpu() {
             #[cfg(feature = "cuda")]
-            false => Place::Device(on_device::OnDevice::shared(context, &weights)?),
+            false => Place::Device(on_device::OnDevice::shared(context, &settings, &weights)?),
             _ => Place::Memory(Mlps::shared(&weights)?),
         };
         Ok(Self { settings, place })

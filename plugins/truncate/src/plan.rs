@@ -13,7 +13,7 @@ use crate::choose::{self, ByScore};
 use crate::config::{History, Settings};
 use crate::error::Kept;
 use crate::importance::{self, Importance};
-use crate::kinds::{Compressed, Kinds};
+use crate::kinds::Kinds;
 use crate::window::Windows;
 
 /// All that plans are made from.
@@ -36,6 +36,13 @@ pub struct Wished<'a> {
     pub keep: usize,
     /// Which.
     pub wish: Wish,
+}
+
+impl Wished<'_> {
+    /// Rows that are kept.
+    pub fn count(&self) -> usize {
+        self.keep + self.open.whole as usize
+    }
 }
 
 /// Which rows of a layer are kept.
@@ -137,12 +144,7 @@ impl Settings {
     }
 
     fn whole_rows_missing(&self, layer: usize) -> Kept {
-        let compressed = match self.compressed {
-            Compressed::Text => "text",
-            Compressed::Image => "image",
-            Compressed::All => "both",
-        };
-        Kept::WholeRowsMissing { layer, compressed }
+        Kept::WholeRowsMissing { layer, compressed: self.compressed.word() }
     }
 }
 
@@ -355,18 +357,20 @@ impl Task<'_> {
         let Task { layer, head, importance, keep, out, .. } = self;
         let score = |source| Kept::Score { layer: layer.index(), head, source };
         let (open, whole) = settings.split(&layer, head, &self.kinds, self.open)?;
-        let keys = layer.k()?;
         let length = layer.length();
         let (visible, window) = match &self.queries {
             Some(window) => (window.visible, window.tokens),
             None => (length, 0),
         };
-        let queries = self
-            .queries
-            .as_ref()
-            .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
         let mut scores = vec![0.0; length];
-        importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        if importance.reads_keys() {
+            let keys = layer.k()?;
+            let queries = self
+                .queries
+                .as_ref()
+                .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
+            importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        }
         if let ByScore::Sample(_) = self.how {
             importance::weights(importance, &mut scores);
         }
