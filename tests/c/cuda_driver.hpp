@@ -2,11 +2,14 @@
 // needed to build it.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <dlfcn.h>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 namespace cuda {
 
@@ -37,6 +40,14 @@ public:
         return stream;
     }
     void synchronize(Stream stream) const { check(stream_synchronize_(stream), "cuStreamSynchronize"); }
+    // The stream waits until `opened` is set, or for 20 seconds.
+    void block(Stream stream, const std::atomic<bool> &opened) const {
+        const auto wait = [](void *opened) {
+            const auto *flag = static_cast<const std::atomic<bool> *>(opened);
+            for (int ms = 0; ms < 20000 && !flag->load(); ++ms) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        };
+        check(launch_host_(stream, wait, const_cast<std::atomic<bool> *>(&opened)), "cuLaunchHostFunc");
+    }
     // Makes the primary context current on this thread.
     void enter() const { check(set_current_(context_), "cuCtxSetCurrent"); }
 
@@ -54,6 +65,7 @@ private:
         find(library, "cuMemcpyDtoH_v2", to_host_);
         find(library, "cuStreamCreate", stream_create_);
         find(library, "cuStreamSynchronize", stream_synchronize_);
+        find(library, "cuLaunchHostFunc", launch_host_);
         int device = 0;
         if (init_(0) != 0 || device_get_(&device, 0) != 0) return;
         check(retain_(&context_, device), "cuDevicePrimaryCtxRetain");
@@ -83,6 +95,7 @@ private:
     Status (*to_host_)(void *, Pointer, std::size_t) = nullptr;
     Status (*stream_create_)(Stream *, unsigned) = nullptr;
     Status (*stream_synchronize_)(Stream) = nullptr;
+    Status (*launch_host_)(Stream, void (*)(void *), void *) = nullptr;
 };
 
 }  // namespace cuda

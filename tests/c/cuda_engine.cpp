@@ -3,15 +3,17 @@
 //
 //   cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--rounds N]
 //               [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE] [--room QUERIES]
-//               [--copies FOLDER]
+//               [--blocked 0|1] [--copies FOLDER]
 //
 // PLUGIN is the path of a library. Each round compresses, with so many tokens appended between prepare and commit. With a
 // bound, elements of rows may differ by that share of their row's largest. With ties, so many of a head's rows may be others
 // than in ordinary memory. With room, the host may hold no more memory than a plugin of so many queries may: those, 4 bytes
 // for each kept row and head, and 64 MiB. A prompt above 4,096 tokens fills the whole cache. With images, two stretches of the
-// prompt are images.
+// prompt are images. With blocked, the stream waits during each prepare and commit, which must not.
 // Prints a line with OK, or "skipped" where there is no CUDA device; ends with 1 when anything is not as it should be.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +40,7 @@ struct Options {
     bool paged = false;
     KvhDtype dtype = kvhook::bf16;
     std::size_t ranks = 1, rounds = 2, late = 3, prompt = 1200;
-    bool images = false;
+    bool images = false, blocked = false;
     double bound = 0, ties = 0;
     // Queries of a window; negative: room is not looked at.
     long room = -1;
@@ -129,6 +131,22 @@ public:
         held -= bytes;
         if (!on_device()) return std::free(data);
         driver_->free(reinterpret_cast<cuda::Pointer>(data), stream);
+    }
+
+    // What may not wait for the stream: it is called while the stream does.
+    template <class Call>
+    auto while_blocked(bool blocked, const char *what, Call call) {
+        if (!blocked || !on_device()) return call();
+        std::atomic<bool> opened{false};
+        driver_->block(stream_, opened);
+        const auto start = std::chrono::steady_clock::now();
+        auto answer = call();
+        const bool waited = std::chrono::steady_clock::now() - start > std::chrono::seconds(5);
+        opened = true;
+        // The flag is on this stack.
+        wait();
+        if (waited) fail(std::string(what) + " waited for the stream");
+        return answer;
     }
 
     // Memory of the engine's own, filled; its guards are compared by `intact`.
@@ -372,7 +390,7 @@ private:
             sequences[0].event = event;
             sequences[0].layers = kvhook::array(layers);
             sequences[0].next_position = next_;
-            take(host_.prepare(rank, sequences, place_.stream()), "prepare");
+            take(place_.while_blocked(options_.blocked, "prepare", [&] { return host_.prepare(rank, sequences, place_.stream()); }), "prepare");
             ticket = sequences[0].ticket;
             if (ticket == 0) fail("kept: " + std::string(kvhook::reason_name(sequences[0].reason)));
         }
@@ -386,7 +404,7 @@ private:
         if (verdict.movement == KVHOOK_MOVE_TABLE) blocks = take(host_.table_edit(ticket), "table_edit");
         kvhook::Committed committed;
         for (std::uint32_t rank = 0; rank < options_.ranks; ++rank)
-            committed = take(host_.commit(rank, ticket, views(rank), next_, {}, place_.stream()), "commit");
+            committed = take(place_.while_blocked(options_.blocked, "commit", [&] { return host_.commit(rank, ticket, views(rank), next_, {}, place_.stream()); }), "commit");
         // All ranks and layers share one table here.
         if (!blocks.empty()) edit_table(blocks[0], (lengths[0] - options_.late + BLOCK - 1) / BLOCK);
         if (committed.next_position != next_) fail("the next position changed");
@@ -457,7 +475,7 @@ private:
 
 Options parse(int count, char **arguments) {
     Options options;
-    if (count < 2) fail("usage: cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--rounds N] [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE] [--room QUERIES] [--copies FOLDER]");
+    if (count < 2) fail("usage: cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--rounds N] [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE] [--room QUERIES] [--blocked 0|1] [--copies FOLDER]");
     options.plugin = arguments[1];
     if (options.plugin.find('/') == std::string::npos) fail("PLUGIN is a path with a folder");
     for (int i = 2; i < count; i += 2) {
@@ -473,6 +491,7 @@ Options parse(int count, char **arguments) {
         else if (key == "--dtype" && value == "fp8") options.dtype = {10, 8, 1};  // DLPack's float8_e4m3fn
         else if (key == "--prompt") options.prompt = std::stoul(value);
         else if (key == "--images") options.images = value == "1";
+        else if (key == "--blocked") options.blocked = value == "1";
         else if (key == "--ties") options.ties = std::stod(value);
         else if (key == "--room") options.room = std::stol(value);
         else if (key == "--bound") options.bound = std::stod(value);

@@ -58,7 +58,7 @@ impl Model {
         let layers = (0..layers.len())
             .map(|index| Ok(KvhLayerInfo { struct_size: size_of::<KvhLayerInfo>(), ..layers.get(index)? }))
             .collect::<Result<Box<[_]>, HostError>>()?;
-        let odd = |info: &KvhLayerInfo| info.k_head_dim % 2 != 0 || info.v_head_dim % 2 != 0;
+        let odd = |info: &KvhLayerInfo| !info.k_head_dim.is_multiple_of(2) || !info.v_head_dim.is_multiple_of(2);
         if let Some(layer) = layers.iter().position(odd).filter(|_| dtype.bits == 8) {
             let KvhLayerInfo { k_head_dim, v_head_dim, .. } = layers[layer];
             return refuse(format!(

@@ -16,6 +16,7 @@ pub mod stretches;
 
 use std::sync::Arc;
 
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{
     Bound, BoundArgs, Call, Can, CreateContext, Hooks, Needs, Plugin, PluginError, Requests, export_plugin,
 };

@@ -7,6 +7,7 @@ use kvhook_abi::cuda::grouped_mlp::{self, Arithmetic, Compress, GroupedMlp, Grou
 use kvhook_abi::cuda::plan::{Progression, progressions};
 use kvhook_abi::cuda::select::{self, Gather, gather};
 use kvhook_abi::cuda::{CudaError, Device, DeviceSlice};
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{Call, CreateContext, Plan, PluginError, Request, Requests, SequenceView};
 use kvhook_mlp_weights::{Mlp, Weights};
 

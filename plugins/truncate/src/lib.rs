@@ -21,6 +21,7 @@ pub mod plan;
 pub mod window;
 
 use kvhook_abi::raw::KVH_DEVICE_CUDA;
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{
     Bound, BoundArgs, Call, Can, CreateContext, FreeReason, Hooks, ModelInfo, Needs, Phases, Plugin, PluginError,
     Requests, StepView, export_plugin,

@@ -12,6 +12,7 @@ use kvhook_abi::cuda::scores::Weight;
 use kvhook_abi::cuda::whole::{MOST_STRETCHES, Merge, merge_whole};
 use kvhook_abi::cuda::window_attention::{self, WindowAttention, window_attention};
 use kvhook_abi::cuda::{Device, DeviceSlice, How, Job, Scratch, Window, Windows, choose};
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{
     Call, CreateContext, LayerView, Memory, Plan, PluginError, Request, Requests, SequenceView, StepView,
 };

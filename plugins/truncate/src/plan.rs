@@ -1,9 +1,10 @@
 //! Plans for the sequences of one call.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use kvhook_abi::raw::KvhRange;
-use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Request, Requests, SequenceView};
+use kvhook_abi::tasks::Tasks;
+use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Requests, SequenceView};
 use kvhook_kernels::parallel;
 use kvhook_kernels::sample::Draw;
 use kvhook_kernels::window_attention::WindowQueries;
@@ -59,8 +60,6 @@ pub enum Wish {
 
 /// The choice of one head's rows, which may run on any thread.
 struct Task<'a> {
-    /// Its sequence in the call.
-    sequence: usize,
     layer: LayerView<'a>,
     head: usize,
     how: ByScore,
@@ -154,39 +153,11 @@ impl Planner<'_> {
     /// # Errors
     /// The host described the call badly.
     pub fn fill(&self, requests: Requests<'_>) -> Result<(), PluginError> {
-        let mut plans = Vec::with_capacity(requests.len());
-        let mut tasks = Vec::new();
-        for request in requests {
-            let Request { sequence, mut plan } = request?;
-            let before = tasks.len();
-            if let Err(kept) = self.lay_out(&sequence, &mut plan, plans.len(), &mut tasks) {
-                tasks.truncate(before);
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-            plans.push(plan);
-        }
-        let work: usize = tasks.iter().map(Task::work).sum();
-        // The first failure of each sequence, by the order of its tasks, whichever thread was faster.
-        let failures: Mutex<Vec<Option<(usize, Kept)>>> = Mutex::new(plans.iter().map(|_| None).collect());
-        let settings = self.settings;
-        parallel::for_each(tasks.into_iter().enumerate().collect(), work, |(order, task): (usize, Task<'_>)| {
-            let sequence = task.sequence;
-            if let Err(kept) = task.run(settings) {
-                let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-                let first = &mut failures[sequence];
-                if first.as_ref().is_none_or(|(earlier, _)| order < *earlier) {
-                    *first = Some((order, kept));
-                }
-            }
-            Ok::<(), PluginError>(())
-        })?;
-        let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for (plan, failure) in plans.iter_mut().zip(failures) {
-            if let Some((_, kept)) = failure {
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-        }
-        Ok(())
+        let tasks =
+            Tasks::lay_out(requests, |sequence, plan, tasks: &mut Vec<Task<'_>>| self.lay_out(sequence, plan, tasks))?;
+        let work = tasks.iter().map(Task::work).sum();
+        let threads = parallel::threads_for(tasks.iter().len(), work);
+        tasks.run(threads, |task| task.run(self.settings))
     }
 
     /// What is to be kept of each layer of a sequence.
@@ -237,7 +208,6 @@ impl Planner<'_> {
         &self,
         sequence: &SequenceView<'a>,
         plan: &mut Plan<'a>,
-        index: usize,
         tasks: &mut Vec<Task<'a>>,
     ) -> Result<(), Kept> {
         let kinds = Arc::new(Kinds::new(self.settings.compressed, sequence.segments(), sequence.next_position()));
@@ -267,7 +237,6 @@ impl Planner<'_> {
                     ByScore::Sample(draw) => ByScore::Sample(Draw { head: draw.head + head as u32, ..draw }),
                 };
                 tasks.push(Task {
-                    sequence: index,
                     layer: *layer,
                     head,
                     how,

@@ -278,7 +278,8 @@ const FP8: KvhDtype = KvhDtype { code: 10, bits: 8, lanes: 1 };
 
 #[test]
 fn values_that_cannot_be_read_are_refused_where_scores_need_them() {
-    let create = |config| Instance::create_for(config, SHAPE, Offer { can: CAN_ALL, block_size: BLOCK as u32 }, FP8);
+    let create =
+        |config: &str| Instance::create_for(config, SHAPE, Offer { can: CAN_ALL, block_size: BLOCK as u32 }, FP8);
     for config in ["keep=0.5", "history=stride", "history=sample,importance=uniform", "align=block"] {
         if let Err((status, message)) = create(config) {
             panic!("{config}: {status} {message}");

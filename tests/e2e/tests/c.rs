@@ -188,6 +188,10 @@ fn an_engine_on_a_gpu_keeps_what_it_keeps_in_memory() {
     let truncate = engine.put("truncate");
     let blocks = ["--config", "align=block,budget=400,every=100", "--cache", "paged"];
     run(&mut engine.command(&truncate, &blocks));
+    // Nothing waits for a stream that waits.
+    for config in TRUNCATE_ON_CUDA {
+        run(&mut engine.command(&truncate, &["--config", config, "--cache", "paged", "--blocked", "1"]));
+    }
     // Two stretches of the prompt are images, which alone are compressed, or not at all.
     for (segments, cache) in [("image", "paged"), ("text", "contiguous")] {
         for config in TRUNCATE_ON_CUDA.iter().filter(|config| !config.contains("every")) {
@@ -242,6 +246,8 @@ fn an_engine_on_a_gpu_makes_the_rows_that_it_makes_in_memory() {
                 assert!(text.contains(": 2 commits, ") || text.starts_with("skipped"), "{text}");
             }
         }
+        let arguments = ["--config", &config, "--dtype", "bf16", "--bound", "0.015625", "--blocked", "1"];
+        run(&mut engine.command(&plugin, &arguments));
         // Results above 65,504, the most that f16 holds: the device finds them, and the plan is dropped for what it is.
         let mut large = weights::Weights::random(factor, 64, 3, false);
         large.layers[1][0].0[2].0.iter_mut().for_each(|weight| *weight *= 1e7);
