@@ -4,7 +4,8 @@
 //! left in the second-level cache from one call to the next (268 MB of K and V at 2,048 tokens). Median of `RUNS` calls
 //! between events; the spread is from the 10th to the 90th percentile. Prints a table and exits at once without a device.
 //!
-//! `cargo bench -p kvhook-kernels --features cuda --bench cuda`; with `-- products`, only the operations that multiply.
+//! `cargo bench -p kvhook-kernels --features cuda --bench cuda`; with `-- products`, only the operations that multiply,
+//! with a number behind `--` only sequences of so many tokens, and with any other text only operations whose name holds it.
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
 
 use std::ffi::c_void;
@@ -40,10 +41,10 @@ fn main() {
         let context = result::primary_ctx::retain(result::device::get(0).unwrap()).unwrap();
         result::ctx::set_current(context).unwrap();
     }
-    let bench = Bench::new(device);
+    let bench = Bench::new(device, Filter::from_arguments());
     println!("copy: {:.3} TB/s read and written", bench.bandwidth / 1e12);
     println!(
-        "{:34} {:>7} {:>9} {:>13} {:>10} {:>8} {:>8} {:>8} {:>8}",
+        "{:42} {:>7} {:>9} {:>13} {:>10} {:>8} {:>8} {:>8} {:>8}",
         "operation, all layers in one call",
         "tokens",
         "us/layer",
@@ -54,13 +55,9 @@ fn main() {
         "ratio",
         "host us"
     );
-    let only_products = std::env::args().any(|argument| argument == "products");
     for head_dim in [128, 64] {
-        for length in [2048, 8192, 32_768, 131_072] {
-            if only_products {
-                continue;
-            }
-            if head_dim == 128 || length == 32_768 {
+        for length in bench.filter.lengths() {
+            if !bench.filter.products && (head_dim == 128 || length == 32_768) {
                 bench.length(length, head_dim);
             }
         }
@@ -68,8 +65,37 @@ fn main() {
     products::run(&bench);
 }
 
+/// What the arguments leave to be measured.
+#[derive(Default)]
+struct Filter {
+    products: bool,
+    tokens: Option<usize>,
+    name: String,
+}
+
+impl Filter {
+    fn from_arguments() -> Self {
+        let mut filter = Self::default();
+        // `cargo bench` adds options of its own.
+        for argument in std::env::args().skip(1).filter(|argument| !argument.starts_with("--")) {
+            match argument.parse() {
+                Ok(tokens) => filter.tokens = Some(tokens),
+                Err(_) if argument == "products" => filter.products = true,
+                Err(_) => filter.name = argument,
+            }
+        }
+        filter
+    }
+
+    fn lengths(&self) -> impl Iterator<Item = usize> + use<> {
+        let tokens = self.tokens;
+        [2048, 8192, 32_768, 131_072].into_iter().filter(move |&length| tokens.is_none_or(|tokens| tokens == length))
+    }
+}
+
 struct Bench {
     device: Device,
+    filter: Filter,
     stream: sys::CUstream,
     bandwidth: f64,
     /// Random numbers of bf16, copied into every cache.
@@ -91,8 +117,12 @@ impl Memory {
 
     fn of<T>(values: &[T]) -> Self {
         let memory = Self::new(size_of_val(values));
-        // SAFETY: the memory is as long as the values.
-        unsafe { result::memcpy_htod_sync(memory.address, values) }.unwrap();
+        // SAFETY: the memory is as long as the values; null is the default stream.
+        unsafe {
+            result::memcpy_htod_sync(memory.address, values).unwrap();
+            // That call may return before pageable memory has arrived.
+            result::stream::synchronize(std::ptr::null_mut()).unwrap();
+        }
         memory
     }
 
@@ -144,12 +174,12 @@ enum Form {
 }
 
 impl Bench {
-    fn new(device: Device) -> Self {
+    fn new(device: Device, filter: Filter) -> Self {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let values: Vec<bf16> =
             (0..32 << 20).map(|_| bf16::from_f32((random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0)).collect();
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
-        let mut bench = Self { device, stream, bandwidth: 0.0, pattern: Memory::of(&values) };
+        let mut bench = Self { device, filter, stream, bandwidth: 0.0, pattern: Memory::of(&values) };
         let (from, to) = (bench.cache(2 << 30), Memory::new(2 << 30));
         let times = bench.time(|| {
             // SAFETY: both are that long.
@@ -210,11 +240,14 @@ impl Bench {
 
     /// Prints a row; floors are bytes of one layer.
     fn row(&self, name: &str, length: usize, once: f64, phases: f64, work: impl FnMut()) {
+        if !name.contains(&self.filter.name) {
+            return;
+        }
         let times = self.time(work);
         let layer = |seconds: f64| seconds * 1e6 / LAYERS as f64;
         let (once, phases) = (once / self.bandwidth * 1e6, phases / self.bandwidth * 1e6);
         println!(
-            "{name:34} {length:>7} {:>9.2} {:>13} {:>10.3} {once:>8.2} {phases:>8.2} {:>8.2} {:>8.1}",
+            "{name:42} {length:>7} {:>9.2} {:>13} {:>10.3} {once:>8.2} {phases:>8.2} {:>8.2} {:>8.1}",
             layer(times.median),
             format!("{:.2}-{:.2}", layer(times.low), layer(times.high)),
             times.median * 1e3,
@@ -363,6 +396,21 @@ impl Bench {
             run_check();
             commit();
         });
+        let layer_keys: Vec<Rows> = rows.iter().step_by(2).copied().collect();
+        for window in [64, 1] {
+            let attention = products::Attention::new(self, &layer_keys, length, window, 4, false);
+            let best: Vec<TopK> =
+                (0..LAYERS).map(|layer| TopK { scores: attention.scores(layer), ..best[layer] }).collect();
+            let pass = of_keys.max(products::attention_bytes(self, window * 4, length, head_dim));
+            let passes = if window == 1 { 1.0 } else { 2.0 };
+            let name = name(&format!("attention W {window} G 4, whole, 1/2"));
+            self.row(&name, length, 2.5 * of_keys, 2.0 * of_keys + passes * pass, || {
+                attention.run(self);
+                top_k(&self.device, self.stream(), &best, &verdict).unwrap();
+                run_check();
+                commit();
+            });
+        }
         if form == Form::HeadMajor && head_dim == 128 {
             // Weights: the norms' absolute values.
             row_norms(&self.device, self.stream(), &norms, Sign::Positive).unwrap();

@@ -3,7 +3,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256, TILE = 2048;
 
@@ -17,7 +17,7 @@ struct Item {
 using Params = Batch<unsigned long long *, Item, 797>;
 static_assert(sizeof(Params) <= PARAMETER_BYTES);
 
-} // namespace
+} // namespace kvhook
 
 // One tile a block.
 extern "C" __global__ void __launch_bounds__(THREADS) check_indices_u32(const __grid_constant__ Params params) {

@@ -1,6 +1,7 @@
 // What all kernels share: the view of a layer's K or V, conversions, and the parameters of a batch.
 //
-// Every kernel takes one struct by value, whose all-zero value means that there is no work.
+// Every kernel takes one struct by value, whose all-zero value means that there is no work. No namespace is without a name:
+// its symbols would be named after the path of the file, and the fatbins would depend on where they are built.
 #pragma once
 
 #include <cstdint>
@@ -94,6 +95,12 @@ template <class Head, class Item, int N> struct Batch {
         return items[low];
     }
 };
+
+// Shared memory of the launch's size.
+__device__ inline uint4 *dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return memory;
+}
 
 // Elements of each dtype, and the two that share a 32-bit word.
 template <class T> struct Element;

@@ -5,14 +5,17 @@
 
 #include "common.cuh"
 #include "mma.cuh"
+#include "wgmma.cuh"
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 // Groups of a tile of the tensor-core kernels. `TILE` of grouped_mlp.rs.
 constexpr uint32_t TILE = 256;
+// Threads of a block of the kernels for Hopper: three groups of warps. `WIDE_THREADS` of grouped_mlp.rs.
+constexpr int WIDE_THREADS = 3 * GROUP_THREADS;
 // Chunks of weights that are in shared memory where not all of them fit. `RING` of grouped_mlp.rs.
 constexpr int RING = 4;
 
@@ -281,7 +284,7 @@ template <class T, int D, bool RESIDENT> struct Fast {
     }
 
     __device__ static void run(const Launch &launch) {
-        extern __shared__ uint4 memory[];
+        uint4 *memory = dynamic_shared();
         Fast fast{launch, nullptr, memory, int(threadIdx.x % 32)};
         const char *held = nullptr;
         uint32_t first = (uint64_t)launch.tiles * blockIdx.x / gridDim.x;
@@ -300,6 +303,220 @@ template <class T, int D, bool RESIDENT> struct Fast {
         }
     }
 };
+
+#if WIDE
+
+// Hopper, at head_dim 128 with all weights in shared memory: a group of four warps has 64 groups of rows at a time. As
+// `Fast`, but for the instruction and the order in which the weights lie in shared memory.
+template <class T> struct Wide128 {
+    static constexpr int D = 128, CHUNKS = D / CHUNK;
+    static constexpr uint32_t GROUPS = 64, PANEL_BYTES = D * 128;
+
+    // Of a lane: words of a chunk of its two rows.
+    struct Input {
+        uint4 low, high;
+    };
+    // A warp's 16 groups: the lane's two.
+    struct Lane {
+        Group low, high;
+        __device__ Lane(const Item &item, uint32_t tile)
+            : low(item, number(item, tile, 0)), high(item, number(item, tile, 8)) {}
+        // Lanes beyond the last group compute it again.
+        __device__ static uint32_t number(const Item &item, uint32_t tile, uint32_t further) {
+            return min(first(tile) + further, item.count * item.heads - 1);
+        }
+        __device__ static uint32_t first(uint32_t tile) {
+            return tile * GROUPS + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        }
+    };
+
+    const Launch &launch;
+    const Item *item;
+    // Panels of 64 channels by all outputs, and the biases.
+    uint32_t weights;
+    const float *biases;
+    int lane;
+
+    __device__ void load_weights(uint4 *shared) const {
+        const uint4 *packed = reinterpret_cast<const uint4 *>(item->weights);
+        uint32_t bias_words = 3 * D / 4, words = (launch.head.factor + 2) * CHUNKS * (D / 8) * 32;
+        for (uint32_t number = threadIdx.x; number < words; number += blockDim.x) {
+            uint4 word = packed[bias_words + number];
+            uint32_t chunk = number / (D / 8 * 32), output = number / 4 % D, part = number % 4;
+            uint32_t panel = weights + chunk / 2 * PANEL_BYTES, first = chunk % 2 * 4;
+            uint32_t elements[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                uint32_t place = panel + place_of_word<D>(output, first + pair) + part * 4;
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(place), "r"(elements[pair]) : "memory");
+            }
+        }
+        for (uint32_t number = threadIdx.x; number < bias_words; number += blockDim.x) {
+            shared[number] = packed[number];
+        }
+    }
+
+    __device__ void start(float (&sums)[64], int layer) const {
+#pragma unroll
+        for (int output = 0; output < D / 8; output++) {
+            float2 both = *reinterpret_cast<const float2 *>(biases + layer * D + output * 8 + lane % 4 * 2);
+            sums[output * 4] = sums[output * 4 + 2] = both.x;
+            sums[output * 4 + 1] = sums[output * 4 + 3] = both.y;
+        }
+    }
+
+    // Adds the products of 128 channels, whose weights are in `panels`.
+    __device__ static void multiply(float (&sums)[64], const uint4 (&inputs)[D / STEP], uint32_t panels) {
+        products_begin();
+#pragma unroll
+        for (int step = 0; step < D / STEP; step++) {
+            Wide<T>::multiply(sums, inputs[step], tile_descriptor(step_address<D>(panels, step)), true);
+        }
+        products_commit();
+        products_end(sums);
+    }
+
+    // The rows that are member `member` of the lane's groups.
+    __device__ void find(const char *(&rows)[2], const Lane &groups, uint32_t member) const {
+        const Layout &layout = launch.layouts[item->source_layout];
+        uint32_t start = item->source_start + member;
+        rows[0] = row_address(layout, item->source, start + groups.low.group * launch.head.factor, groups.low.head);
+        rows[1] = row_address(layout, item->source, start + groups.high.group * launch.head.factor, groups.high.head);
+    }
+
+    __device__ Input load(const char *const (&rows)[2], int chunk) const {
+        int place = (chunk * 4 + lane % 4) * 16;
+        return {load_once(rows[0] + place), load_once(rows[1] + place)};
+    }
+
+    // Brings rows into the second-level cache: a line by each of a row's first two lanes.
+    __device__ void bring(const char *const (&rows)[2]) const {
+        if (lane % 4 < 2) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[half] + lane % 4 * 128));
+            }
+        }
+    }
+
+    // A layer whose inputs are the sums of the one before.
+    __device__ void next_layer(float (&sums)[64], int layer) const {
+        uint4 hidden[D / STEP];
+#pragma unroll
+        for (int step = 0; step < D / STEP; step++) {
+            const float *from = sums + step * 8;
+            hidden[step] =
+                make_uint4(Mma<T>::pack(relu(from[0]), relu(from[1])), Mma<T>::pack(relu(from[2]), relu(from[3])),
+                           Mma<T>::pack(relu(from[4]), relu(from[5])), Mma<T>::pack(relu(from[6]), relu(from[7])));
+        }
+        start(sums, layer);
+        multiply(sums, hidden, weights + (launch.head.factor + layer - 1) * (D / 64) * PANEL_BYTES);
+    }
+
+    __device__ void store(const float (&sums)[64], const Lane &groups, uint32_t tile) const {
+        const Layout &layout = launch.layouts[item->destination_layout];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const Group &group = half == 0 ? groups.low : groups.high;
+            if (Lane::first(tile) + half * 8 >= item->count * item->heads) {
+                continue;
+            }
+            uint32_t place = item->destination_start + group.group;
+            char *row = row_address(layout, item->destination, place, group.head);
+            bool fits = true;
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                uint32_t words[4];
+#pragma unroll
+                for (int part = 0; part < 4; part++) {
+                    float low = sums[(chunk * 4 + part) * 4 + half * 2];
+                    float high = sums[(chunk * 4 + part) * 4 + half * 2 + 1];
+                    fits = fits && fabsf(low) <= largest_value<T>() && fabsf(high) <= largest_value<T>();
+                    words[part] = Mma<T>::pack(low, high);
+                }
+                *reinterpret_cast<uint4 *>(row + (chunk * 4 + lane % 4) * 16) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+            }
+            if (!fits) {
+                fault(launch, *item, group.head, place);
+            }
+        }
+    }
+
+    // The item's tiles `first .. end`, in turns of the block's groups of warps.
+    __device__ void tiles(uint32_t first, uint32_t end) const {
+        uint32_t step = blockDim.x / GROUP_THREADS;
+        first += threadIdx.x / GROUP_THREADS;
+        if (first >= end) {
+            return;
+        }
+        uint32_t factor = launch.head.factor;
+        Input inputs[CHUNKS];
+        const char *rows[2];
+        // Finds rows of the tile, or of the group's next one behind its last member.
+        auto find_ahead = [&](uint32_t tile, uint32_t member) {
+            bool is_next = member >= factor;
+            find(rows, Lane(*item, is_next && tile + step < end ? tile + step : tile),
+                 is_next ? min(member - factor, factor - 1) : member);
+        };
+        find_ahead(first, 1);
+        bring(rows);
+        find_ahead(first, 0);
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            inputs[chunk] = load(rows, chunk);
+        }
+        for (uint32_t tile = first; tile < end; tile += step) {
+            float sums[64];
+            start(sums, 0);
+#pragma unroll 1
+            for (uint32_t member = 0; member < factor; member++) {
+                // A row of each group is on its way to registers, and the one behind it to the second-level cache.
+                find_ahead(tile, member + 2);
+                bring(rows);
+                find_ahead(tile, member + 1);
+                uint4 operands[D / STEP];
+#pragma unroll
+                for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                    uint4 low = inputs[chunk].low, high = inputs[chunk].high;
+                    operands[chunk * 2] = make_uint4(low.x, high.x, low.y, high.y);
+                    operands[chunk * 2 + 1] = make_uint4(low.z, high.z, low.w, high.w);
+                    inputs[chunk] = load(rows, chunk);
+                }
+                multiply(sums, operands, weights + member * (D / 64) * PANEL_BYTES);
+            }
+            next_layer(sums, 1);
+            next_layer(sums, 2);
+            store(sums, Lane(*item, tile), tile);
+        }
+    }
+
+    __device__ static void run(const Launch &launch) {
+        uint32_t first = (uint64_t)launch.tiles * blockIdx.x / gridDim.x;
+        uint32_t end = (uint64_t)launch.tiles * (blockIdx.x + 1) / gridDim.x;
+        uint32_t bytes = (launch.head.factor + 2) * (D / 64) * PANEL_BYTES;
+        uint32_t base = shared_address(dynamic_shared()), aligned = (base + 1023) / 1024 * 1024;
+        uint4 *biases = dynamic_shared() + (aligned - base + bytes) / 16;
+        Wide128 mlp{launch, nullptr, aligned, reinterpret_cast<const float *>(biases), int(threadIdx.x % 32)};
+        const char *held = nullptr;
+        while (first < end) {
+            mlp.item = &launch.item_of(first);
+            if (mlp.item->weights != held) {
+                held = mlp.item->weights;
+                __syncthreads();
+                mlp.load_weights(biases);
+                fence_for_products();
+                __syncthreads();
+            }
+            uint32_t tiles = (mlp.item->count * mlp.item->heads + GROUPS - 1) / GROUPS, start = mlp.item->first_tile;
+            uint32_t last = min(end, start + tiles);
+            mlp.tiles(first - start, last - start);
+            first = last;
+        }
+    }
+};
+
+#endif
 
 // Any dtype, head_dim and layout: weights and hidden values in f32, and each result one chain of fused multiply-adds over
 // the inputs in order, then the bias: the CPU's bits.
@@ -400,7 +617,7 @@ template <class T> struct Plain {
         if (blockIdx.x >= launch.tiles) {
             return;
         }
-        extern __shared__ uint4 memory[];
+        uint4 *memory = dynamic_shared();
         const Item &item = launch.item_of(blockIdx.x);
         uint32_t dim = launch.head.head_dim, padded = (dim + 3) / 4 * 4, tile = launch.head.plain_tile;
         Plain plain{launch, item, dim, padded, tile, (blockIdx.x - item.first_tile) * tile, item.count * item.heads};
@@ -415,7 +632,7 @@ template <class T> struct Plain {
     }
 };
 
-} // namespace
+} // namespace kvhook
 
 #define FAST(NAME, TYPE, D)                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
@@ -425,6 +642,18 @@ template <class T> struct Plain {
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
         grouped_mlp_ring_##NAME##_##D(const __grid_constant__ Launch launch) {                                         \
         Fast<TYPE, D, false>::run(launch);                                                                             \
+    }
+
+#if WIDE
+#define RUN_WIDE(TYPE) Wide128<TYPE>::run(launch)
+#else
+#define RUN_WIDE(TYPE)
+#endif
+
+#define WIDE_128(NAME, TYPE)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(WIDE_THREADS, 1)                                                      \
+        grouped_mlp_wide_##NAME##_128(const __grid_constant__ Launch launch) {                                         \
+        RUN_WIDE(TYPE);                                                                                                \
     }
 
 #define PLAIN(NAME, TYPE)                                                                                              \
@@ -439,6 +668,8 @@ FAST(f16, __half, 128)
 FAST(bf16, __nv_bfloat16, 64)
 FAST(bf16, __nv_bfloat16, 96)
 FAST(bf16, __nv_bfloat16, 128)
+WIDE_128(f16, __half)
+WIDE_128(bf16, __nv_bfloat16)
 PLAIN(f32, float)
 PLAIN(f16, __half)
 PLAIN(bf16, __nv_bfloat16)

@@ -124,13 +124,12 @@ __device__ inline Choice choose_digit(const uint32_t *histogram, uint32_t cluste
 template <class Key, class KeyOf, class IsBad>
 __device__ void keep_smallest(const KeepParams &params, const KeepItem &item, uint32_t head, uint32_t fault,
                               KeyOf key_of, IsBad is_bad) {
-    extern __shared__ __align__(16) unsigned char dynamic_shared[];
     __shared__ uint32_t histograms[2][BINS];
     __shared__ uint32_t sums[KEEP_WARPS], lower_of_warp[KEEP_WARPS], equal_of_warp[KEEP_WARPS];
     __shared__ uint32_t totals[2];
     __shared__ Choice choice;
     __shared__ Key lowest_of_warp[KEEP_WARPS], highest_of_warp[KEEP_WARPS], limits[2];
-    Key *keys = reinterpret_cast<Key *>(dynamic_shared);
+    Key *keys = reinterpret_cast<Key *>(dynamic_shared());
 
     uint32_t cluster = params.head.cluster, rank = blockIdx.x % cluster;
     uint32_t slice = (item.open + cluster - 1) / cluster;

@@ -6,7 +6,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 // The keys of one layer of one sequence.
 struct Item {
@@ -281,7 +281,7 @@ template <class T, bool IN_WORDS> __device__ void key_diff(const Params &params)
     }
 }
 
-} // namespace
+} // namespace kvhook
 
 // One ticket a block: rows of whole 16-byte words.
 extern "C" __global__ void __launch_bounds__(TILE_ROWS, 4) key_diff_f32(const __grid_constant__ Params params) {

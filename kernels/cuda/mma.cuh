@@ -57,6 +57,13 @@ template <class T> __device__ inline void multiply_chunk(float (&sums)[4], const
     Mma<T>::multiply(sums, a.second, b.z, b.w);
 }
 
+__device__ inline uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
+
+// Begins to copy a word.
+__device__ inline void copy_word(uint32_t shared, const char *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // Reads a word of memory that no kernel writes meanwhile, and that is read once.
 __device__ inline uint4 load_once(const char *address) {
     uint4 word;

@@ -3,7 +3,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 // One K or V of one layer of one sequence.
 struct Item {
@@ -69,7 +69,7 @@ template <class T, bool IN_WORDS> __device__ void row_norms(const Params &params
     }
 }
 
-} // namespace
+} // namespace kvhook
 
 // One tile of one step a block: rows of whole 16-byte words.
 extern "C" __global__ void __launch_bounds__(TILE_ROWS) row_norms_f32(const __grid_constant__ Params params) {

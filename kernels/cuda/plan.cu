@@ -4,7 +4,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256, TILE = 1024;
 
@@ -31,7 +31,7 @@ static_assert(sizeof(Item) == 88);
 using Params = Batch<unsigned long long *, Item, 363>;
 static_assert(sizeof(Params) <= PARAMETER_BYTES);
 
-} // namespace
+} // namespace kvhook
 
 // One tile of one list a block.
 extern "C" __global__ void __launch_bounds__(THREADS) adopt_u32(const __grid_constant__ Params params) {
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) adopt_u32(const __grid_con
     }
 }
 
-namespace {
+namespace kvhook {
 
 // Evenly spaced rows of one layer of one sequence.
 struct Spaced {
@@ -90,7 +90,7 @@ struct NoHead {
 using SpacedParams = Batch<NoHead, Spaced, 998>;
 static_assert(sizeof(SpacedParams) <= PARAMETER_BYTES);
 
-} // namespace
+} // namespace kvhook
 
 // One tile a block.
 extern "C" __global__ void __launch_bounds__(THREADS) spaced_u32(const __grid_constant__ SpacedParams params) {
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) spaced_u32(const __grid_co
     }
 }
 
-namespace {
+namespace kvhook {
 
 // An arithmetic progression.
 struct Progression {
@@ -127,7 +127,7 @@ static_assert(sizeof(Progression) == 24);
 using Progressions = Batch<NoHead, Progression, 1332>;
 static_assert(sizeof(Progressions) <= PARAMETER_BYTES);
 
-} // namespace
+} // namespace kvhook
 
 // One tile a block.
 extern "C" __global__ void __launch_bounds__(THREADS) progressions_u32(const __grid_constant__ Progressions params) {

@@ -7,7 +7,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256;
 // Units of a thread. An item has at most 2^31 units. `UNITS` of rotate.rs.
@@ -169,7 +169,7 @@ template <class T> __device__ void rotate_pairs(const Launch &launch) {
     }
 }
 
-} // namespace
+} // namespace kvhook
 
 #define ROTATE(NAME, TYPE)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) rotate_##NAME(const __grid_constant__ Launch launch) {       \

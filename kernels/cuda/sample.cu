@@ -5,7 +5,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 // SplitMix64's step and finaliser, as in sample.rs.
 __device__ uint64_t mix(uint64_t value) {
@@ -15,7 +15,7 @@ __device__ uint64_t mix(uint64_t value) {
     return z ^ (z >> 31);
 }
 
-} // namespace
+} // namespace kvhook
 
 // A cluster for each head.
 extern "C" __global__ void __launch_bounds__(KEEP_THREADS) sample_f32(const __grid_constant__ KeepParams params) {

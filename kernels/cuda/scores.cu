@@ -5,7 +5,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256, TILE = 4096;
 
@@ -32,7 +32,7 @@ static_assert(sizeof(Params) <= PARAMETER_BYTES);
 // Any other: 1, whatever the score.
 constexpr uint32_t WEIGHT_OF_NORM = 0, WEIGHT_OF_DIRECTION = 1;
 
-} // namespace
+} // namespace kvhook
 
 // One tile of one head a block.
 extern "C" __global__ void __launch_bounds__(THREADS) weigh_f32(const __grid_constant__ Params params) {

@@ -3,7 +3,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256;
 
@@ -182,7 +182,7 @@ template <class Word, bool IN_PLACE> __device__ void move_tile(const Params &par
     }
 }
 
-} // namespace
+} // namespace kvhook
 
 // One tile a block.
 extern "C" __global__ void __launch_bounds__(THREADS) gather_u128(const __grid_constant__ Params params) {

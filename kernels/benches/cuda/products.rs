@@ -1,13 +1,13 @@
 //! Operations that multiply: window_attention, grouped_mlp, and rotate. Their floors also hold the time of the products at
 //! `PRODUCTS` a second, which a large bf16 matrix product reaches on an H100.
 
-use kvhook_kernels::cuda::Rows;
 use kvhook_kernels::cuda::check::Indices;
 use kvhook_kernels::cuda::grouped_mlp::{Arithmetic, Compress, GroupedMlp, Groups, Linear, Shape, grouped_mlp, pack};
 use kvhook_kernels::cuda::rotate::{Rotate, Shift, rotate};
 use kvhook_kernels::cuda::window_attention::{
     LogSumExp, WindowAttention, WindowQueries, scratch_bytes, window_attention,
 };
+use kvhook_kernels::cuda::{DeviceSlice, Rows};
 use kvhook_kernels::rotate::{Pairing, Rotary};
 use kvhook_kernels::{BlockTable, Dtype, IndexKind, Layout};
 
@@ -17,7 +17,7 @@ use super::{Bench, HEADS, LAYERS, Memory, Random};
 const PRODUCTS: f64 = 776e12;
 
 pub(super) fn run(bench: &Bench) {
-    for length in [2048, 8192, 32_768, 131_072] {
+    for length in bench.filter.lengths() {
         let keys = Keys::new(bench, length, 128, 0);
         keys.attention(bench, 64, 4, false);
         keys.attention(bench, 64, 4, true);
@@ -27,19 +27,82 @@ pub(super) fn run(bench: &Bench) {
         keys.rotate(bench);
         keys.compress(bench, 5, Arithmetic::TensorCores);
     }
-    let paged = Keys::new(bench, 32_768, 128, 16);
-    paged.attention(bench, 64, 4, false);
-    paged.attention(bench, 1, 4, false);
-    paged.rotate(bench);
-    paged.compress(bench, 5, Arithmetic::TensorCores);
-    let narrow = Keys::new(bench, 32_768, 64, 0);
-    narrow.attention(bench, 64, 4, false);
-    narrow.attention(bench, 1, 4, false);
-    narrow.compress(bench, 5, Arithmetic::TensorCores);
-    let short = Keys::new(bench, 8192, 128, 0);
-    short.compress(bench, 2, Arithmetic::TensorCores);
-    short.compress(bench, 8, Arithmetic::TensorCores);
-    short.compress(bench, 5, Arithmetic::Exact);
+    let wanted = |length: usize| bench.filter.tokens.is_none_or(|tokens| tokens == length);
+    if wanted(32_768) {
+        let paged = Keys::new(bench, 32_768, 128, 16);
+        paged.attention(bench, 64, 4, false);
+        paged.attention(bench, 1, 4, false);
+        paged.rotate(bench);
+        paged.compress(bench, 5, Arithmetic::TensorCores);
+        let narrow = Keys::new(bench, 32_768, 64, 0);
+        narrow.attention(bench, 64, 4, false);
+        narrow.attention(bench, 1, 4, false);
+        narrow.compress(bench, 5, Arithmetic::TensorCores);
+    }
+    if wanted(8192) {
+        let short = Keys::new(bench, 8192, 128, 0);
+        short.compress(bench, 2, Arithmetic::TensorCores);
+        short.compress(bench, 8, Arithmetic::TensorCores);
+        short.compress(bench, 5, Arithmetic::Exact);
+    }
+}
+
+/// Bytes that memory moves while the products of one pass of attention are done.
+pub(super) fn attention_bytes(bench: &Bench, rows: usize, length: usize, head_dim: usize) -> f64 {
+    2.0 * (rows * HEADS * head_dim) as f64 * length as f64 / PRODUCTS * bench.bandwidth
+}
+
+/// Attention scores of all layers.
+pub(super) struct Attention {
+    items: Vec<WindowAttention>,
+    scratch: Memory,
+    _memory: [Memory; 3],
+}
+
+impl Attention {
+    /// With `group` query heads for each KV head.
+    pub(super) fn new(
+        bench: &Bench,
+        keys: &[Rows],
+        length: usize,
+        window: usize,
+        group: usize,
+        with_lse: bool,
+    ) -> Self {
+        let head_dim = keys[0].head_dim();
+        let rows = window * group;
+        let element_count = rows * HEADS * head_dim;
+        let queries = bench.cache(LAYERS * element_count * 2);
+        let lse = Memory::of(&vec![8.0f32; rows * HEADS]);
+        let scores = Memory::new(LAYERS * HEADS * length * 4);
+        let part = |layer: usize, len: usize| layer * len..(layer + 1) * len;
+        let items: Vec<WindowAttention> = (0..LAYERS)
+            .map(|layer| WindowAttention {
+                keys: keys[layer],
+                queries: WindowQueries {
+                    data: queries.slice::<u8>().part(part(layer, element_count * 2)).unwrap(),
+                    window,
+                    query_heads: group * HEADS,
+                    stride_position: group * HEADS * head_dim,
+                    stride_head: head_dim,
+                    scale: 1.0 / (head_dim as f32).sqrt(),
+                },
+                log_sum_exp: with_lse.then(|| LogSumExp { data: lse.slice(), stride_position: 1, stride_head: window }),
+                length,
+                scores: scores.slice().part(part(layer, HEADS * length)).unwrap(),
+            })
+            .collect();
+        let scratch = Memory::new(scratch_bytes(&items).unwrap());
+        Self { items, scratch, _memory: [queries, lse, scores] }
+    }
+
+    pub(super) fn run(&self, bench: &Bench) {
+        window_attention(&bench.device, bench.stream(), &self.items, 5, self.scratch.slice()).unwrap();
+    }
+
+    pub(super) fn scores(&self, layer: usize) -> DeviceSlice<f32> {
+        self.items[layer].scores
+    }
 }
 
 /// Keys of all layers, or values.
@@ -87,38 +150,14 @@ impl Keys {
 
     fn attention(&self, bench: &Bench, window: usize, group: usize, with_lse: bool) {
         let rows = window * group;
-        let element_count = rows * HEADS * self.head_dim;
-        let queries = bench.cache(LAYERS * element_count * 2);
-        let lse = Memory::of(&vec![8.0f32; rows * HEADS]);
-        let scores = Memory::new(LAYERS * HEADS * self.length * 4);
-        let items: Vec<WindowAttention> = (0..LAYERS)
-            .map(|layer| WindowAttention {
-                keys: self.rows[layer],
-                queries: WindowQueries {
-                    data: queries
-                        .slice::<u8>()
-                        .part(layer * element_count * 2..(layer + 1) * element_count * 2)
-                        .unwrap(),
-                    window,
-                    query_heads: group * HEADS,
-                    stride_position: group * HEADS * self.head_dim,
-                    stride_head: self.head_dim,
-                    scale: 1.0 / (self.head_dim as f32).sqrt(),
-                },
-                log_sum_exp: with_lse.then(|| LogSumExp { data: lse.slice(), stride_position: 1, stride_head: window }),
-                length: self.length,
-                scores: scores.slice().part(layer * HEADS * self.length..(layer + 1) * HEADS * self.length).unwrap(),
-            })
-            .collect();
-        let scratch = Memory::new(scratch_bytes(&items).unwrap());
+        let attention = Attention::new(bench, &self.rows, self.length, window, group, with_lse);
         let scores_bytes = (HEADS * self.length * 4) as f64;
-        let products = 2.0 * (rows * HEADS * self.head_dim) as f64 * self.length as f64;
-        let pass = self.bytes().max(products / PRODUCTS * bench.bandwidth);
+        let pass = self.bytes().max(attention_bytes(bench, rows, self.length, self.head_dim));
         let passes = if with_lse || rows <= 8 { 1.0 } else { 2.0 };
         let lse = if with_lse { " lse" } else { "" };
         let name = self.name(&format!("attention W {window} G {group}{lse}"));
         bench.row(&name, self.length, self.bytes() + scores_bytes, passes * pass + scores_bytes, || {
-            window_attention(&bench.device, bench.stream(), &items, 5, scratch.slice()).unwrap();
+            attention.run(bench)
         });
     }
 

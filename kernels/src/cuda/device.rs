@@ -104,6 +104,8 @@ pub struct Device {
     compute_capability: (i32, i32),
     shared_per_block: u32,
     multiprocessors: u32,
+    /// Whether the code for compute capability 9.0a runs, which alone has the wide products.
+    wide_products: bool,
 }
 
 // SAFETY: the driver lets any thread use a context, its modules and functions.
@@ -156,6 +158,7 @@ impl Device {
             compute_capability: (major, minor),
             shared_per_block: shared as u32,
             multiprocessors: multiprocessors as u32,
+            wide_products: (major, minor) == (9, 0),
         };
         if !context.is_null() && context != primary.cast() {
             return Err(CudaError::ForeignContext { ordinal });
@@ -182,6 +185,11 @@ impl Device {
     /// Multiprocessors; no result may depend on their number.
     pub(crate) fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    /// Whether kernels with Hopper's products can be chosen.
+    pub(crate) fn has_wide_products(&self) -> bool {
+        self.wide_products
     }
 
     /// Makes the context current on this thread until the guard is dropped.

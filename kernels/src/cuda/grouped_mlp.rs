@@ -36,6 +36,8 @@ pub(crate) const FAMILY: Family = Family {
         kernel("grouped_mlp_ring_bf16_64"),
         kernel("grouped_mlp_ring_bf16_96"),
         kernel("grouped_mlp_ring_bf16_128"),
+        kernel("grouped_mlp_wide_f16_128"),
+        kernel("grouped_mlp_wide_bf16_128"),
         kernel("grouped_mlp_f32"),
         kernel("grouped_mlp_f16"),
         kernel("grouped_mlp_bf16"),
@@ -273,7 +275,7 @@ pub fn grouped_mlp(
         };
         Batch::<Head, Item, 399>::for_each(head, &chosen, Task::encode, |batch| {
             let blocks = if plan.persistent { batch.tiles().min(device.multiprocessors()) } else { batch.tiles() };
-            let grid = Grid { shared: plan.shared, ..Grid::new(blocks, THREADS) };
+            let grid = Grid { shared: plan.shared, ..Grid::new(blocks, plan.threads) };
             // SAFETY: the kernel takes this batch; rows and weights are lent until the stream has run it.
             unsafe { device.launch(stream, plan.kernel, grid, batch) }
         })?;
@@ -296,6 +298,13 @@ fn tasks(device: &Device, items: &[Compress]) -> Result<Vec<Task>, CudaError> {
 
 const THREADS: u32 = 256;
 
+/// Threads of a block of the kernels for Hopper, and groups of a tile.
+const WIDE_THREADS: u32 = 384;
+const WIDE_TILE: u32 = 64;
+
+/// Where their weights begin is a multiple of this.
+const WIDE_ALIGNMENT: usize = 1024;
+
 /// Groups of a tile, as in grouped_mlp.cu.
 const TILE: u32 = 256;
 
@@ -311,6 +320,7 @@ struct Plan {
     kernel: &'static str,
     /// Groups of a tile.
     tile: u32,
+    threads: u32,
     shared: u32,
     /// Whether blocks take several tiles.
     persistent: bool,
@@ -320,6 +330,15 @@ impl Plan {
     fn new(device: &Device, shape: &Shape) -> Result<Self, CudaError> {
         let (dim, room) = (shape.head_dim, device.shared_per_block() as usize);
         if shape.arithmetic == Arithmetic::TensorCores {
+            let wide = shape.bytes() + WIDE_ALIGNMENT;
+            if device.has_wide_products() && dim == 128 && wide <= room {
+                let kernel = match shape.dtype {
+                    Dtype::Bf16 => "grouped_mlp_wide_bf16_128",
+                    _ => "grouped_mlp_wide_f16_128",
+                };
+                let (tile, threads) = (WIDE_TILE, WIDE_THREADS);
+                return Ok(Self { kernel, tile, threads, shared: wide as u32, persistent: true });
+            }
             let resident = shape.bytes() <= room;
             let shared = if resident { shape.bytes() } else { 3 * dim * 4 + RING * dim * 64 };
             let kernel = match (shape.dtype, dim, resident) {
@@ -336,7 +355,7 @@ impl Plan {
                 (_, 96, false) => "grouped_mlp_ring_f16_96",
                 (_, _, false) => "grouped_mlp_ring_f16_128",
             };
-            return Ok(Self { kernel, tile: TILE, shared: shared as u32, persistent: true });
+            return Ok(Self { kernel, tile: TILE, threads: THREADS, shared: shared as u32, persistent: true });
         }
         let kernel = match shape.dtype {
             Dtype::F32 => "grouped_mlp_f32",
@@ -350,7 +369,7 @@ impl Plan {
             let most = (room / 32).saturating_sub(32) / 2;
             return Err(CudaError::TooLarge { what: "the head_dim of an MLP", found: dim, most });
         };
-        Ok(Self { kernel, tile: tile as u32, shared: shared(tile) as u32, persistent: false })
+        Ok(Self { kernel, tile: tile as u32, threads: THREADS, shared: shared(tile) as u32, persistent: false })
     }
 }
 

@@ -15,6 +15,15 @@ const fn kernel(name: &'static str) -> Kernel {
     Kernel { name, shared: MOST_SHARED }
 }
 
+/// Shared memory of the kernels for Hopper at head_dim 96 and 128: 256 query rows, and two times 64 keys of each of four
+/// groups of warps.
+const MOST_SHARED_WIDE: u32 = (256 + 8 * 64) * 256 + ALIGNMENT_WIDE;
+const ALIGNMENT_WIDE: u32 = 1024;
+
+const fn wide(name: &'static str) -> Kernel {
+    Kernel { name, shared: MOST_SHARED_WIDE }
+}
+
 pub(crate) const FAMILY: Family = Family {
     image: &Image(*include_bytes!("../../prebuilt/window_attention.fatbin")),
     kernels: &[
@@ -34,6 +43,18 @@ pub(crate) const FAMILY: Family = Family {
         kernel("window_columns_bf16_96"),
         kernel("window_columns_bf16_128"),
         kernel("window_columns_bf16_256"),
+        wide("window_wide_sums_f16_64"),
+        wide("window_wide_sums_f16_96"),
+        wide("window_wide_sums_f16_128"),
+        wide("window_wide_sums_bf16_64"),
+        wide("window_wide_sums_bf16_96"),
+        wide("window_wide_sums_bf16_128"),
+        wide("window_wide_columns_f16_64"),
+        wide("window_wide_columns_f16_96"),
+        wide("window_wide_columns_f16_128"),
+        wide("window_wide_columns_bf16_64"),
+        wide("window_wide_columns_bf16_96"),
+        wide("window_wide_columns_bf16_128"),
         Kernel { name: "window_sums_f32", shared: 0 },
         Kernel { name: "window_sums_f16", shared: 0 },
         Kernel { name: "window_sums_bf16", shared: 0 },
@@ -117,6 +138,7 @@ pub fn window_attention(
     let mut tasks = items.iter().map(Task::new).collect::<Result<Vec<_>, _>>()?;
     let mut working = scratch.scratch(tasks.iter().map(Task::scratch_bytes).sum())?;
     for task in &mut tasks {
+        task.path.wide = device.has_wide_products() && task.fills_wide_products();
         task.lend(working);
         working += task.scratch_bytes() as u64;
     }
@@ -152,15 +174,30 @@ const MOST_TOKENS: usize = 1 << 30;
 
 const THREADS: u32 = 256;
 
+/// Threads of a block of Hopper's kernels: four groups of four warps.
+const THREADS_WIDE: u32 = 512;
+
 /// Which kernels do the products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Path {
     dtype: Dtype,
     tensor_cores: bool,
+    /// Hopper's products.
+    wide: bool,
 }
 
 impl Path {
     fn names(self, head_dim: u32) -> [&'static str; 2] {
+        if self.wide {
+            return match (self.dtype, head_dim) {
+                (Dtype::F16, 64) => ["window_wide_sums_f16_64", "window_wide_columns_f16_64"],
+                (Dtype::F16, 96) => ["window_wide_sums_f16_96", "window_wide_columns_f16_96"],
+                (Dtype::F16, _) => ["window_wide_sums_f16_128", "window_wide_columns_f16_128"],
+                (_, 64) => ["window_wide_sums_bf16_64", "window_wide_columns_bf16_64"],
+                (_, 96) => ["window_wide_sums_bf16_96", "window_wide_columns_bf16_96"],
+                _ => ["window_wide_sums_bf16_128", "window_wide_columns_bf16_128"],
+            };
+        }
         match (self.dtype, self.tensor_cores, head_dim) {
             (Dtype::F16, true, 64) => ["window_sums_f16_64", "window_columns_f16_64"],
             (Dtype::F16, true, 96) => ["window_sums_f16_96", "window_columns_f16_96"],
@@ -180,6 +217,11 @@ impl Path {
     fn shared(self, head_dim: u32, most_rows: u32) -> [u32; 2] {
         if !self.tensor_cores {
             return [0; 2];
+        }
+        if self.wide {
+            // Rows of 64 channels: 4 tiles of 128 keys, or as MOST_SHARED_WIDE says.
+            let panels = head_dim.div_ceil(64);
+            return [4 * 128, 256 + 8 * 64].map(|rows| rows * panels * 128 + ALIGNMENT_WIDE);
         }
         let at_a_time = if head_dim > 128 { 128 } else { 256 };
         let rows = most_rows.next_multiple_of(16).min(at_a_time);
@@ -202,7 +244,11 @@ fn launch_all(device: &Device, stream: Stream, path: Path, head: Head, tasks: &[
     Batch::<Head, Item, 224>::for_each(head, tasks, Task::encode, |batch| {
         for (name, shared, wanted) in steps {
             if wanted {
-                let grid = Grid { shared, ..Grid::new(batch.tiles(), THREADS) };
+                let grid = if path.wide && [sums, columns].contains(&name) {
+                    Grid { shared, ..Grid::new(batch.tiles().min(device.multiprocessors()), THREADS_WIDE) }
+                } else {
+                    Grid { shared, ..Grid::new(batch.tiles(), THREADS) }
+                };
                 // SAFETY: the kernels take this batch; keys, queries, scores and working memory are lent until the stream
                 // has run them.
                 unsafe { device.launch(stream, name, grid, batch) }?;
@@ -264,7 +310,7 @@ impl Task {
         let tensor_cores =
             keys.dtype() != Dtype::F32 && matches!(keys.head_dim(), 64 | 96 | 128 | 256) && keys.in_words() && in_words;
         Ok(Self {
-            path: Path { dtype: keys.dtype(), tensor_cores },
+            path: Path { dtype: keys.dtype(), tensor_cores, wide: false },
             keys,
             item: Item {
                 keys: keys.raw_view(),
@@ -289,6 +335,11 @@ impl Task {
                 layout: 0,
             },
         })
+    }
+
+    /// Whether Hopper's kernels take the item, and are faster: where most of four groups of warps have 64 query rows each.
+    fn fills_wide_products(&self) -> bool {
+        self.path.tensor_cores && self.keys.head_dim() <= 128 && (129..=256).contains(&self.item.rows)
     }
 
     fn splits(&self) -> usize {

@@ -7,7 +7,7 @@ use kvhook_kernels::sample::Draw;
 use kvhook_kernels::{Protected, top_k as host_top_k};
 
 use crate::common::Random;
-use crate::gpu::{Judge, Memory, OwnStream, device};
+use crate::gpu::{Judge, Memory, OwnStream, device, rounds};
 
 /// Scores of one item, with many ties in some.
 struct Case {
@@ -122,7 +122,7 @@ fn a_score_that_is_nan_is_reported() {
 fn draws_are_those_of_the_cpu() {
     let Some(device) = device() else { return };
     let (stream, judge, mut random) = (OwnStream::new(), Judge::new(), Random(43));
-    for round in 0..40 {
+    for round in 0..rounds(40) {
         let length = if round < 34 { 1 + random.below(4000) } else { [8193, 40_000, 200_001][round % 3] };
         let heads = 1 + random.below(4);
         let weights: Vec<f32> =

@@ -44,6 +44,12 @@ pub fn device() -> Option<&'static Device> {
     }
 }
 
+/// Rounds of a test: `most`, or fewer where `KVHOOK_TEST_ROUNDS` says so, as compute-sanitizer is slow.
+pub fn rounds(most: usize) -> usize {
+    let wanted = std::env::var("KVHOOK_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
+    wanted.unwrap_or(most).min(most)
+}
+
 /// Makes the primary context current on this thread, for the calls of the tests themselves.
 pub fn enter() {
     let device = result::device::get(0).unwrap();
@@ -110,10 +116,12 @@ impl Memory {
     pub fn shifted(bytes: &[u8], shift: usize) -> Self {
         let mut all = vec![GUARD_BYTE; bytes.len() + 2 * GUARD + 256];
         all[GUARD + shift..][..bytes.len()].copy_from_slice(bytes);
-        // SAFETY: a fresh allocation of that many bytes.
+        // SAFETY: a fresh allocation of that many bytes; null is the default stream.
         unsafe {
             let allocation = result::malloc_sync(all.len()).unwrap();
             result::memcpy_htod_sync(allocation, &all).unwrap();
+            // That call may return before pageable memory has arrived, and the tests' streams do not wait for it.
+            result::stream::synchronize(std::ptr::null_mut()).unwrap();
             Self { allocation, len: bytes.len(), shift }
         }
     }

@@ -8,7 +8,7 @@ use kvhook_kernels::grouped_mlp::{self as cpu, Groups, Linear};
 use kvhook_kernels::{Dtype, IndexKind};
 
 use crate::common::{self, Cache, Random};
-use crate::gpu::{DeviceCache, Judge, Memory, OwnStream, any_shape, device, epsilon};
+use crate::gpu::{DeviceCache, Judge, Memory, OwnStream, any_shape, device, epsilon, rounds};
 
 struct Weights {
     factor: usize,
@@ -161,7 +161,7 @@ fn exact_arithmetic_gives_the_bits_of_the_cpu() {
     let Some(device) = device() else { return };
     let stream = OwnStream::new();
     let mut random = Random(0xa11);
-    for _ in 0..24 {
+    for _ in 0..rounds(24) {
         let mut pairs: Vec<Pair> =
             (0..1 + random.below(4)).map(|_| Pair::new(&mut random, Arithmetic::Exact, 400)).collect();
         let items: Vec<Compress> = pairs.iter().map(Pair::item).collect();
@@ -182,7 +182,7 @@ fn tensor_cores_round_where_they_say_alone_and_in_a_batch() {
     let stream = OwnStream::new();
     let mut random = Random(0xb22);
     let mut worst = [0.0; 2];
-    for round in 0..16 {
+    for round in 0..rounds(16) {
         let length = if round < 4 { 3000 } else { 300 };
         let pairs: Vec<Pair> =
             (0..1 + random.below(4)).map(|_| Pair::new(&mut random, Arithmetic::TensorCores, length)).collect();

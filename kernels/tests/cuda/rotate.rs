@@ -5,7 +5,7 @@ use kvhook_kernels::cuda::rotate::{Rotate, Shift, rotate};
 use kvhook_kernels::rotate::{self as cpu, Pairing, Rotary};
 
 use crate::common::{Cache, Random};
-use crate::gpu::{DeviceCache, Memory, OwnStream, device, epsilon, shape};
+use crate::gpu::{DeviceCache, Memory, OwnStream, device, epsilon, rounds, shape};
 
 /// One item, on both sides.
 struct Pair {
@@ -80,7 +80,7 @@ fn equals_the_cpu() {
     let Some(device) = device() else { return };
     let stream = OwnStream::new();
     let mut random = Random(0xc33);
-    for _ in 0..40 {
+    for _ in 0..rounds(40) {
         let pairs = [1, 3, 4, 16, 32, 32, 64, 64][random.below(8)];
         let frequencies: Vec<f64> = (0..pairs).map(|pair| 10_000f64.powf(-(pair as f64) / pairs as f64)).collect();
         let pairing = [Pairing::HalfSplit, Pairing::Interleaved][random.below(2)];

@@ -6,7 +6,7 @@ use kvhook_kernels::cuda::{Device, Outcome};
 use kvhook_kernels::{Dtype, IndexKind, check, select};
 
 use crate::common::{Cache, Random, Shape};
-use crate::gpu::{DeviceCache, Judge, Memory, OwnStream, device, shape};
+use crate::gpu::{DeviceCache, Judge, Memory, OwnStream, device, rounds, shape};
 
 /// One item, on both sides.
 struct Pair {
@@ -106,7 +106,7 @@ fn rows_move_as_on_the_cpu() {
     let Some(device) = device() else { return };
     let stream = OwnStream::new();
     let mut random = Random(21);
-    for round in 0..120 {
+    for round in 0..rounds(120) {
         let capacity = 1 + random.below(700);
         let shape = shape(&mut random, capacity);
         let in_place = random.below(2) == 0;
@@ -121,7 +121,7 @@ fn a_batch_moves_as_its_items_alone() {
     let Some(device) = device() else { return };
     let stream = OwnStream::new();
     let mut random = Random(22);
-    for round in 0..6 {
+    for round in 0..rounds(6) {
         let pairs = (0..60)
             .map(|_| {
                 let capacity = 1 + random.below(300);
@@ -141,7 +141,10 @@ fn long_sequences_are_compacted_in_place() {
     let stream = OwnStream::new();
     let mut random = Random(23);
     for (round, (token_major, block_size)) in
-        [(false, 0), (true, 0), (true, 128), (false, 256), (false, 0), (true, 256)].into_iter().enumerate()
+        [(false, 0), (true, 0), (true, 128), (false, 256), (false, 0), (true, 256)]
+            .into_iter()
+            .take(rounds(6))
+            .enumerate()
     {
         let pairs = (0..3)
             .map(|_| {

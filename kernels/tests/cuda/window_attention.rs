@@ -8,7 +8,7 @@ use kvhook_kernels::cuda::window_attention::{
 use kvhook_kernels::{Dtype, window_attention as cpu};
 
 use crate::common::{Cache, Random, Shape};
-use crate::gpu::{DeviceCache, Memory, OwnStream, any_shape, device};
+use crate::gpu::{DeviceCache, Memory, OwnStream, any_shape, device, rounds};
 
 /// Of the head's largest score.
 const TOLERANCE: f32 = 1e-4;
@@ -137,7 +137,7 @@ fn equals_the_cpu_alone_and_in_a_batch() {
     let stream = OwnStream::new();
     let mut random = Random(0x51_7a9e);
     let mut worst = 0.0f32;
-    for _ in 0..40 {
+    for _ in 0..rounds(40) {
         let mut pairs: Vec<Pair> = (0..1 + random.below(6)).map(|_| Pair::random(&mut random)).collect();
         let kernel = [1, 3, 5, 5, 7, 33][random.below(6)];
         let items: Vec<WindowAttention> = pairs.iter().map(Pair::item).collect();
@@ -177,7 +177,7 @@ fn sharp_softmaxes_are_right() {
     let Some(device) = device() else { return };
     let stream = OwnStream::new();
     let mut random = Random(77);
-    for (dtype, group) in [(Dtype::Bf16, 4), (Dtype::F16, 1), (Dtype::F32, 2)] {
+    for (dtype, group) in [(Dtype::Bf16, 4), (Dtype::Bf16, 8), (Dtype::F16, 1), (Dtype::F16, 7), (Dtype::F32, 2)] {
         let mut shape = any_shape(&mut random, 3000, &[128]);
         (shape.dtype, shape.kv_heads, shape.element_step) = (dtype, 2, 1);
         let mut pair = Pair::new(&mut random, shape, 32, group, false);
