@@ -3,8 +3,8 @@
 //! * [`shapes`] are the caches, [`rows`] what is done to them.
 //! * [`machine`] is where a cache lies and how time is taken there; [`cpu`] and `cuda` are the two of them.
 //! * [`cache`] is a cache of one row; [`engine`] compresses it through the host, with the plugins that users load.
-//! * [`floors`] are the least times; [`report`] holds what was measured, [`table`] shows it, [`peers`] brings what other
-//!   programs took.
+//! * [`mod@floors`] are the least times; [`report`] holds what was measured, [`table`] shows it, [`peers`] brings what
+//!   other programs took.
 
 pub mod cache;
 pub mod cpu;
