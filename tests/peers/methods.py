@@ -1,7 +1,7 @@
 """What other programs do to one layer.
 
-Each function yields the operation that a peer stands beside, its name, and a function of a layer's index that compresses
-K and V of that layer to new tensors; and, where it cannot be captured into a CUDA graph, why.
+Each function yields the operation that a peer stands beside, its name, and a function of a layer's index that
+compresses K and V of that layer to new tensors; and, where it cannot be captured into a CUDA graph, why.
 """
 
 import importlib
@@ -50,7 +50,10 @@ class Attention(nn.Module):
 
 
 # Presses that read a number back in the middle of their work.
-READS_BACK = {"SnapKVPress": "calls item(), which a graph cannot hold", "TOVAPress": "calls item(), which a graph cannot hold"}
+READS_BACK = {
+    "SnapKVPress": "calls item(), which a graph cannot hold",
+    "TOVAPress": "calls item(), which a graph cannot hold",
+}
 
 
 def torch_methods(layers, keep):
@@ -70,6 +73,7 @@ def torch_methods(layers, keep):
 def kvpress_methods(layers, keep):
     """kvpress's own presses: score, top-k and gather."""
     presses = import_presses()
+    kwargs = {"position_embeddings": layers.rotary}
     version = importlib.metadata.version("kvpress") if "kvpress" in installed() else "0.5.4"
     for operation, module, name in (
         ("key_norm", "knorm_press", "KnormPress"),
@@ -79,7 +83,6 @@ def kvpress_methods(layers, keep):
         ("streaming", "streaming_llm_press", "StreamingLLMPress"),
     ):
         press = getattr(presses(module), name)(compression_ratio=1 - 1 / keep)
-        kwargs = {"position_embeddings": layers.rotary}
         yield (
             operation,
             f"kvpress {version} {name.removesuffix('Press')}",
@@ -136,8 +139,12 @@ def fastcache_methods(layers, factor):
 
     def mlp():
         stack = nn.Sequential(
-            nn.Linear(factor * dim, dim), nn.ReLU(), nn.Dropout(0.4),
-            nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(0.4),
+            nn.Linear(factor * dim, dim),
+            nn.ReLU(),
+            nn.Dropout(0.4),
+            nn.Linear(dim, dim),
+            nn.ReLU(),
+            nn.Dropout(0.4),
             nn.Linear(dim, dim),
         )
         return stack.to(layers.device, torch.bfloat16).eval()

@@ -18,7 +18,9 @@ FORMAT = 1
 FACTOR = 5
 # K and V of so many bytes lie in tensors of their own: far beyond the second-level cache, and enough launches in a row.
 CACHE_BYTES = 1 << 30
+# The rate of a product is that of so many of this size.
 MATMUL = 8192
+PRODUCTS = 5
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ def main():
         "rows": [],
         "left_out": [],
     }
+    print("us a layer, launched from Python and as a graph")
     for name in options.shapes:
         for tokens in options.tokens or CASES[name]:
             run(options, clock, report, name, tokens)
@@ -96,11 +99,18 @@ def run(options, clock, report, name, tokens):
 
                 eager = clock.eager(call)
                 graph, note = (None, reason[0]) if any(reason) else clock.graph(call)
-                row = {"peer": peer, "operation": operation, "shape": name, "form": "contiguous", "tokens": tokens, "keep": share}
+                row = {
+                    "peer": peer,
+                    "operation": operation,
+                    "shape": name,
+                    "form": "contiguous",
+                    "tokens": tokens,
+                    "keep": share,
+                }
                 report["rows"].append(row | {"layers": count, "eager_us": eager, "graph_us": graph, "note": note})
                 write(options, report)
-                each = lambda time: f"{time['median'] / count:10.2f}" if time else "         –"  # noqa: E731
-                print(f"{name} {tokens:7} {operation:13} {peer:32} eager {each(eager)} graph {each(graph)} us a layer {note}", flush=True)
+                times = " ".join(f"{time['median'] / count:10.2f}" if time else f"{'–':>10}" for time in (eager, graph))
+                print(f"{name} {tokens:7} {operation:13} {peer:32} {times} {note}", flush=True)
         except Exception as error:  # One peer that cannot be had must not cost the others.
             left_out = f"{source.__name__}, {name}, {tokens}: {type(error).__name__}: {error}"
             report["left_out"].append(left_out)
@@ -108,10 +118,15 @@ def run(options, clock, report, name, tokens):
 
 
 def products(clock):
-    """Additions and multiplications a second of a large bf16 product."""
+    """Additions and multiplications a second of large bf16 products, one behind the other."""
     a, b = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * MATMUL**3 / (clock.eager(lambda: torch.mm(a, b, out=out))["median"] / 1e6)
+
+    def call():
+        for _ in range(PRODUCTS):
+            torch.mm(a, b, out=out)
+
+    return PRODUCTS * 2 * MATMUL**3 / (clock.eager(call)["median"] / 1e6)
 
 
 def write(options, report):

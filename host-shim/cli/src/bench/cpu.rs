@@ -146,7 +146,7 @@ impl Machine for Cpu {
     }
 
     fn measure(&self, work: &mut dyn Work) -> Result<Measured, BenchError> {
-        let mut samples = Vec::new();
+        let [mut samples, mut commits] = [Vec::new(), Vec::new()];
         let start = Instant::now();
         for run in 0..WARM_UP + RUNS {
             work.set_up()?;
@@ -155,18 +155,20 @@ impl Machine for Cpu {
             if !work.is_ready()? {
                 return Err(BenchError::NoVerdict { seconds: 0 });
             }
+            let middle = begin.elapsed().as_secs_f64();
             work.commit()?;
             let seconds = begin.elapsed().as_secs_f64();
             work.tear_down()?;
             if run >= WARM_UP {
                 samples.push(seconds);
+                commits.push(seconds - middle);
             }
             if samples.len() >= LEAST_RUNS && start.elapsed() > TIME_FOR_A_ROW {
                 break;
             }
         }
-        let spread = Spread::of(samples);
-        Ok(Measured { device: spread, whole: spread, host: spread, launches: None })
+        let [spread, host_commit] = [samples, commits].map(Spread::of);
+        Ok(Measured { device: spread, whole: spread, host: spread, host_commit, launches: None })
     }
 }
 

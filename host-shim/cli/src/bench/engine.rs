@@ -16,7 +16,9 @@ use kvhook_host::instance::Event;
 use kvhook_host::lifecycle::Begin;
 use kvhook_host::model::Model;
 use kvhook_host::prepare::PrepareRequest;
-use kvhook_host::raw::{KVHOOK_DECISION_KEEP, KVHOOK_MOVE_TABLE, KVHOOK_REASON_DROPPED, KvhookCallbacks, KvhookReason};
+use kvhook_host::raw::{
+    KVHOOK_DECISION_KEEP, KVHOOK_MOVE_TABLE, KVHOOK_REASON_DROPPED, KvhookCallbacks, KvhookFigures, KvhookReason,
+};
 use kvhook_host::spec::ArmSpec;
 use kvhook_host::ticket::Verdict;
 use kvhook_host::view::Layers;
@@ -184,6 +186,8 @@ pub struct Compression<'a, 'e> {
     tickets: Vec<u64>,
     /// Movement of each ticket, once it is ready.
     movements: Vec<Option<i32>>,
+    /// What the arm's figures said before.
+    figures: KvhookFigures,
 }
 
 impl<'a, 'e> Compression<'a, 'e> {
@@ -204,6 +208,7 @@ impl<'a, 'e> Compression<'a, 'e> {
         let of = |less: usize| -> Vec<Vec<KvhLayer>> {
             cache.sequences.iter().map(|sequence| cache.layers(sequence, sequence.tokens - less)).collect()
         };
+        let figures = engine.host.arm(&arm)?.figures.read();
         let lengths = |sequence: &Sequence| vec![sequence.tokens as u64; shape.layers];
         Ok(Self {
             machine,
@@ -218,6 +223,7 @@ impl<'a, 'e> Compression<'a, 'e> {
             uids: Vec::new(),
             tickets: Vec::new(),
             movements: Vec::new(),
+            figures,
         })
     }
 
@@ -358,6 +364,13 @@ impl Work for Compression<'_, '_> {
             self.engine.host.drop_ticket(ticket, KVHOOK_REASON_DROPPED)?;
         }
         Ok(())
+    }
+
+    fn in_plugin(&self) -> Option<f64> {
+        let (before, after) = (&self.figures, self.engine.host.arm(&self.arm).ok()?.figures.read());
+        let calls = after.on_prefill_done.calls - before.on_prefill_done.calls;
+        let spent = |figures: &KvhookFigures| figures.bound.total_ns + figures.on_prefill_done.total_ns;
+        (calls > 0).then(|| (spent(&after) - spent(before)) as f64 / calls as f64 / 1e9)
     }
 
     fn tear_down(&mut self) -> Result<(), BenchError> {

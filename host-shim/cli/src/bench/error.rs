@@ -67,6 +67,18 @@ pub enum BenchError {
         /// Why.
         source: Box<BenchError>,
     },
+    /// Some rows could not be measured.
+    #[error("{failed} of {of} rows could not be measured; the first is `{row}`: {why}")]
+    Failed {
+        /// How many.
+        failed: usize,
+        /// Of how many.
+        of: usize,
+        /// Name of the first.
+        row: String,
+        /// Why.
+        why: String,
+    },
     /// A file of peers is not one.
     #[error("{path} holds no peers' times: {source}; write it with tests/peers/peers.py")]
     NotPeers {

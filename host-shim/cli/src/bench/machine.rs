@@ -57,6 +57,11 @@ pub trait Work {
         Ok(())
     }
 
+    /// Mean seconds of a plugin in each call so far; none without one.
+    fn in_plugin(&self) -> Option<f64> {
+        None
+    }
+
     /// Ends the sequences. Not timed.
     ///
     /// # Errors
@@ -111,6 +116,8 @@ pub struct Measured {
     pub whole: Spread,
     /// Time of the host, to enqueue both halves.
     pub host: Spread,
+    /// The second half's part of it.
+    pub host_commit: Spread,
     /// None where nothing is launched, or it cannot be counted.
     pub launches: Option<Launches>,
 }

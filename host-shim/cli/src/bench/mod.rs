@@ -3,8 +3,8 @@
 //! * [`shapes`] are the caches, [`rows`] what is done to them.
 //! * [`machine`] is where a cache lies and how time is taken there; [`cpu`] and `cuda` are the two of them.
 //! * [`cache`] is a cache of one row; [`engine`] compresses it through the host, with the plugins that users load.
-//! * [`floors`] are the least times; [`report`] holds what was measured, [`table`] shows it, [`peers`] brings what other
-//!   programs took.
+//! * [`mod@floors`] are the least times; [`report`] holds what was measured, [`table`] shows it, [`peers`] brings what
+//!   other programs took.
 
 pub mod cache;
 pub mod cpu;
@@ -28,15 +28,16 @@ use cpu::Cpu;
 use engine::{Compression, Engine};
 use error::BenchError;
 use floors::{H100_PRODUCTS, Rates, floors};
-use machine::{Machine, Measured};
+use machine::{Machine, Measured, Work};
 use peers::Peers;
-use report::{Measurement, Report};
+use report::{Failure, Measurement, Report};
 use rows::{Operation, Row};
 
-/// Measures every row that the options select, and hands each one to `show` when it is done.
+/// Measures every row that the options select, and hands the report to `show` with each. A row that cannot be measured is
+/// one of the report's failures, and the others go on.
 ///
 /// # Errors
-/// [`BenchError`] in [`CliError::Bench`]; files that cannot be read; what host and plugins refuse.
+/// [`BenchError`] in [`CliError::Bench`], also where a device is lost; files that cannot be read; a host that is refused.
 pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, CliError> {
     let peers = options.peers.as_deref().map(Peers::read).transpose()?;
     let all = match options.device {
@@ -57,24 +58,36 @@ pub fn run(options: &Bench, show: &mut dyn FnMut(&Report)) -> Result<Report, Cli
         let count = next.iter().take_while(|row| row.shape == first.shape && row.form == first.form).count();
         let mut engine = Engine::new(&*machine, first.shape, first.form)?;
         for row in &next[..count] {
-            let measured = measure(&*machine, &mut engine, row)?;
-            report.rows.push(Measurement::new(row, &measured, floors(row, &rates)));
-            show(&report);
+            match measure(&*machine, &mut engine, row) {
+                Ok((measured, in_plugin)) => {
+                    report.rows.push(Measurement::new(row, &measured, in_plugin, floors(row, &rates)));
+                    show(&report);
+                }
+                // Whatever comes next would fail, too.
+                Err(source @ (BenchError::Driver { .. } | BenchError::NoVerdict { .. })) => {
+                    return Err(BenchError::Row { row: row.name(), source: Box::new(source) }.into());
+                }
+                Err(error) => report.failed.push(Failure { row: row.name(), why: error.to_string() }),
+            }
         }
         next = &next[count..];
     }
     Ok(report)
 }
 
-fn measure<'a>(machine: &'a dyn Machine, engine: &mut Engine<'a>, row: &Row) -> Result<Measured, CliError> {
+/// Times of a row, and the plugin's mean seconds in a call.
+fn measure<'a>(
+    machine: &'a dyn Machine,
+    engine: &mut Engine<'a>,
+    row: &Row,
+) -> Result<(Measured, Option<f64>), BenchError> {
     let cache = Cache::new(machine, row)?;
-    let named = |source| CliError::from(BenchError::Row { row: row.name(), source: Box::new(source) });
-    match row.operation {
-        Operation::Commit => machine.measure(&mut *machine.moves(&cache, row, false)?),
-        Operation::TopK => machine.measure(&mut *machine.moves(&cache, row, true)?),
-        _ => machine.measure(&mut Compression::new(machine, engine, &cache, row)?),
-    }
-    .map_err(named)
+    let mut work: Box<dyn Work + '_> = match row.operation {
+        Operation::Commit => machine.moves(&cache, row, false)?,
+        Operation::TopK => machine.moves(&cache, row, true)?,
+        _ => Box::new(Compression::new(machine, engine, &cache, row)?),
+    };
+    Ok((machine.measure(&mut *work)?, work.in_plugin()))
 }
 
 fn open(device: BenchDevice) -> Result<Box<dyn Machine>, CliError> {

@@ -32,9 +32,20 @@ pub struct Report {
     pub exponentials_per_second: Option<f64>,
     /// In the order in which they were measured.
     pub rows: Vec<Measurement>,
+    /// Rows that could not be measured.
+    pub failed: Vec<Failure>,
     /// What other programs took.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<Peer>,
+}
+
+/// A row that could not be measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Its name.
+    pub row: String,
+    /// What was said.
+    pub why: String,
 }
 
 /// What a run ran on.
@@ -71,6 +82,10 @@ pub struct Measurement {
     pub whole_us: Microseconds,
     /// Time of the host to enqueue it.
     pub host_us: Microseconds,
+    /// The commit's part of it.
+    pub host_commit_us: Microseconds,
+    /// Mean time of the plugin's hooks in a call, by the host's figures; none without a plugin.
+    pub plugin_us: Option<f64>,
     /// None where nothing is launched, or it could not be counted.
     pub launches: Option<Counted>,
     /// The least time if each byte is moved once.
@@ -137,6 +152,7 @@ impl Report {
             products_measured: rates.products.is_some() && peers.is_some_and(|peers| peers.products.is_some()),
             exponentials_per_second: rates.exponentials,
             rows: Vec::new(),
+            failed: Vec::new(),
             peers: peers.map(|peers| peers.rows.clone()).unwrap_or_default(),
         }
     }
@@ -150,7 +166,7 @@ impl Report {
 
 impl Measurement {
     /// Of a row.
-    pub fn new(row: &Row, measured: &Measured, floors: Floors) -> Self {
+    pub fn new(row: &Row, measured: &Measured, in_plugin: Option<f64>, floors: Floors) -> Self {
         Self {
             name: row.name(),
             shape: row.shape.name.into(),
@@ -162,6 +178,8 @@ impl Measurement {
             device_us: measured.device.into(),
             whole_us: measured.whole.into(),
             host_us: measured.host.into(),
+            host_commit_us: measured.host_commit.into(),
+            plugin_us: in_plugin.map(|seconds| seconds * 1e6),
             launches: measured.launches.map(Into::into),
             floor_once_us: floors.once * 1e6,
             floor_phases_us: floors.phases * 1e6,

@@ -9,7 +9,7 @@ use crate::format::NONE;
 /// What stands above the rows.
 pub fn head(report: &Report) -> String {
     let hardware = &report.hardware;
-    let mut text = format!("{}", hardware.name);
+    let mut text = hardware.name.clone();
     if let Some(driver) = &hardware.driver {
         let _ = write!(text, ", driver of {driver}");
     }
@@ -32,7 +32,7 @@ pub fn last_row(report: &Report) -> String {
         let _ = writeln!(text, "\n{}, {}, {} layers", row.shape, row.form, row.layers);
         let _ = writeln!(
             text,
-            "{:17}{:>9} {:>5} {:>9} {:>17} {:>9} {:>9} {:>8} {:>8} {:>6} {:>6} {:>8} {:>8}",
+            "{:17}{:>9} {:>5} {:>9} {:>17} {:>9} {:>9} {:>8} {:>8} {:>6} {:>7} {:>8} {:>8}",
             "operation",
             "tokens",
             "keep",
@@ -42,8 +42,8 @@ pub fn last_row(report: &Report) -> String {
             "whole, ms",
             "once",
             "phases",
-            "x",
-            "x",
+            "/once",
+            "/phases",
             "host us",
             "launches",
         );
@@ -125,10 +125,13 @@ mod tests {
                 device_us: times(640.0),
                 whole_us: times(960.0),
                 host_us: times(50.0),
+                host_commit_us: times(20.0),
+                plugin_us: Some(10.0),
                 launches: Some(Counted { kernels: 5, memsets: 2, copies: 1 }),
                 floor_once_us: 320.0,
                 floor_phases_us: 400.0,
             }],
+            failed: Vec::new(),
             peers: vec![Peer {
                 peer: "kvpress Knorm".into(),
                 operation: "key_norm".into(),

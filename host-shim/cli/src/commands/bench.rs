@@ -3,7 +3,8 @@
 use std::io::{self, Write};
 
 use crate::args::Bench;
-use crate::bench::report::Report;
+use crate::bench::error::BenchError;
+use crate::bench::report::{Failure, Report};
 use crate::bench::{run, table};
 use crate::error::CliError;
 use crate::files::write_text;
@@ -12,7 +13,7 @@ use crate::files::write_text;
 /// it had.
 ///
 /// # Errors
-/// Those of [`run`]; [`CliError::Write`].
+/// Those of [`run`]; [`CliError::Write`]; [`BenchError::Failed`] where rows could not be measured.
 pub fn execute(options: &Bench) -> Result<(), CliError> {
     let mut written = Ok(());
     let mut show = |report: &Report| {
@@ -23,7 +24,15 @@ pub fn execute(options: &Bench) -> Result<(), CliError> {
     };
     let ran = run(options, &mut show);
     written?;
-    save(options, &ran?)
+    let report = ran?;
+    save(options, &report)?;
+    match report.failed.first().cloned() {
+        None => Ok(()),
+        Some(Failure { row, why }) => {
+            let failed = report.failed.len();
+            Err(BenchError::Failed { failed, of: report.rows.len() + failed, row, why }.into())
+        }
+    }
 }
 
 fn save(options: &Bench, report: &Report) -> Result<(), CliError> {

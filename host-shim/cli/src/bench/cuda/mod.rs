@@ -156,26 +156,26 @@ impl Cuda {
         }
     }
 
-    /// One call with the stream held: seconds of the device, and of the host.
-    fn held_call(&self, work: &mut dyn Work, events: &[Event; 4]) -> Result<(f64, f64), BenchError> {
+    /// One call with the stream held: seconds of the device, of the host, and of the host for the second half.
+    fn held_call(&self, work: &mut dyn Work, events: &[Event; 4]) -> Result<[f64; 3], BenchError> {
         let held = self.hold()?;
         self.record(&events[0])?;
         let start = Instant::now();
         work.prepare()?;
-        let mut host = start.elapsed();
+        let first = start.elapsed();
         self.record(&events[1])?;
         drop(held);
-        host += self.wait(work)?;
+        let look = self.wait(work)?;
         let held = self.hold()?;
         self.record(&events[2])?;
         let start = Instant::now();
         work.commit()?;
-        host += start.elapsed();
+        let second = start.elapsed();
         self.record(&events[3])?;
         drop(held);
         self.synchronize()?;
         let device = elapsed(&events[0], &events[1])? + elapsed(&events[2], &events[3])?;
-        Ok((device, host.as_secs_f64()))
+        Ok([device, (first + look + second).as_secs_f64(), second.as_secs_f64()])
     }
 
     /// One call with nothing held: seconds from its begin to its end on the device.
@@ -311,22 +311,21 @@ impl Machine for Cuda {
 
     fn measure(&self, work: &mut dyn Work) -> Result<Measured, BenchError> {
         let events = [Event::new()?, Event::new()?, Event::new()?, Event::new()?];
-        let [mut device, mut host, mut whole] = [Vec::new(), Vec::new(), Vec::new()];
+        let mut samples: [Vec<f64>; 4] = Default::default();
         for run in 0..WARM_UP + RUNS {
             self.ready_call(work)?;
-            let (of_device, of_host) = self.held_call(work, &events)?;
+            let [device, host, host_commit] = self.held_call(work, &events)?;
             work.tear_down()?;
             self.ready_call(work)?;
-            let of_both = self.free_call(work, &events)?;
+            let whole = self.free_call(work, &events)?;
             work.tear_down()?;
             if run >= WARM_UP {
-                device.push(of_device);
-                host.push(of_host);
-                whole.push(of_both);
+                let all = [device, whole, host, host_commit];
+                samples.iter_mut().zip(all).for_each(|(samples, time)| samples.push(time));
             }
         }
         let launches = self.count(work)?;
-        let [device, host, whole] = [device, host, whole].map(Spread::of);
-        Ok(Measured { device, whole, host, launches })
+        let [device, whole, host, host_commit] = samples.map(Spread::of);
+        Ok(Measured { device, whole, host, host_commit, launches })
     }
 }

@@ -12,7 +12,7 @@ use super::super::error::BenchError;
 use super::{Called, memory};
 
 /// Bytes for what is asked for during a capture, whose work never runs.
-const ARENA: u64 = 512 << 20;
+const ARENA: u64 = 4 << 30;
 
 /// Lent to a host as the context of its callbacks: stays where it is.
 pub(super) struct Pool {
