@@ -10,7 +10,7 @@ use kvhook_mlp_weights::WeightsError;
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
 pub const EXIT_USAGE: u8 = 2;
-/// Exit code when this machine lacks something: pip, a network, a cache folder.
+/// Exit code when this machine lacks something: pip, a network, a cache folder, a device.
 pub const EXIT_MISSING: u8 = 3;
 /// Exit code when a plugin or a model could not be loaded or run.
 pub const EXIT_ENGINE: u8 = 4;
@@ -128,7 +128,7 @@ impl CliError {
             Self::Plugin(error) if [KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE].contains(&error.status()) => {
                 EXIT_USAGE
             }
-            Self::Engine(Error::Fetch { .. }) => EXIT_MISSING,
+            Self::Engine(Error::Fetch { .. } | Error::Device { .. }) => EXIT_MISSING,
             Self::Engine(_) | Self::Arm { .. } | Self::Plugin(_) => EXIT_ENGINE,
             Self::Write { .. } => EXIT_OUTPUT,
         }

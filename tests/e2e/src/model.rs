@@ -5,13 +5,18 @@ use std::sync::{Arc, OnceLock};
 
 use kvhook_engine::cache::{CacheConfig, CacheKind};
 use kvhook_engine::model::fetch;
-use kvhook_engine::{ArmConfig, Model, PluginConfig, Runner};
+use kvhook_engine::{ArmConfig, Device, KvDtype, Model, PluginConfig, Runner};
 
 use crate::plugins::{Place, built};
 
 /// A contiguous f32 cache of one rank.
-pub const CONTIGUOUS: CacheConfig =
-    CacheConfig { kind: CacheKind::Contiguous, dtype: kvhook_engine::KvDtype::F32, ranks: 1, prefix_sharing: true };
+pub const CONTIGUOUS: CacheConfig = CacheConfig {
+    kind: CacheKind::Contiguous,
+    dtype: KvDtype::F32,
+    ranks: 1,
+    prefix_sharing: true,
+    device: Device::Cpu,
+};
 
 /// A paged f32 cache of one rank that shares prefixes.
 pub const fn paged(block_size: usize, blocks: usize) -> CacheConfig {

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use kvhook_engine::cache::{CacheKind, KvBuffer, read_rows};
 use kvhook_engine::hooks::Figures;
 use kvhook_engine::model::fetch;
-use kvhook_engine::{ArmConfig, Begin, CacheConfig, KvDtype, Model, PluginConfig, Runner, SequenceId};
+use kvhook_engine::{ArmConfig, Begin, CacheConfig, Device, KvDtype, Model, PluginConfig, Runner, SequenceId};
 
 /// The default model, fetched on first use.
 pub fn model() -> Arc<Model> {
@@ -30,8 +30,13 @@ pub fn novel(start: usize, count: usize) -> Vec<u32> {
     tokens[start..start + count].to_vec()
 }
 
-pub const CONTIGUOUS: CacheConfig =
-    CacheConfig { kind: CacheKind::Contiguous, dtype: KvDtype::F32, ranks: 1, prefix_sharing: true };
+pub const CONTIGUOUS: CacheConfig = CacheConfig {
+    kind: CacheKind::Contiguous,
+    dtype: KvDtype::F32,
+    ranks: 1,
+    prefix_sharing: true,
+    device: Device::Cpu,
+};
 
 pub fn paged(block_size: usize, blocks: usize) -> CacheConfig {
     CacheConfig { kind: CacheKind::Paged { block_size, blocks }, ..CONTIGUOUS }
