@@ -88,14 +88,14 @@ impl Plan {
             table_starts.iter().map(|starts| starts.iter().map(|start| start.map_or(0, address)).collect()).collect();
 
         let mut items = Vec::with_capacity(config.layers * rooms.len() * batch.sequences.len());
-        for layer in 0..config.layers {
+        for (layer, tables) in tables.iter().enumerate() {
             for room in rooms {
                 for (index, sequence) in batch.sequences.iter().enumerate() {
                     let place = &room.places[layer * batch.sequences.len() + index];
                     items.push(Item {
                         k: place.k,
                         v: place.v,
-                        table: tables[layer][index],
+                        table: tables[index],
                         stride_block: place.layout.stride_block as u64,
                         stride_head: place.layout.stride_head as u64,
                         block_size: place.layout.block_size as u32,
