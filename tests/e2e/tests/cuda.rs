@@ -49,8 +49,9 @@ fn logits_are_those_of_an_independent_implementation() {
 fn logits_are_those_of_the_cpu() {
     let Some(device) = cuda() else { return };
     let tokens = &text("moby-dick.txt")[1_000..1_700];
-    // The device rounds queries to the cache's dtype, too, as engines on GPUs do.
-    for (dtype, bound) in [(KvDtype::F32, 1e-3), (KvDtype::F16, 0.1), (KvDtype::Bf16, 0.8)] {
+    // The device rounds queries to the cache's dtype, too, as engines on GPUs do. Differences of 7e-5, 0.015 and 0.13 were
+    // seen; logits reach 27.
+    for (dtype, bound) in [(KvDtype::F32, 5e-4), (KvDtype::F16, 0.05), (KvDtype::Bf16, 0.4)] {
         let cache = CacheConfig { dtype, ..CONTIGUOUS };
         let expected = behind(cache, tokens, 40, 512);
         let found = behind(CacheConfig { device, ..cache }, tokens, 40, 512);
@@ -230,6 +231,6 @@ fn decode_after_a_cut_is_as_fast_as_that_of_a_short_prompt() {
             cut.1,
             short.1
         );
-        assert!(cut.1 < 1.15 * short.1, "{name}: {} ms after a cut, {} ms of a short prompt", cut.1, short.1);
+        assert!(cut.1 < 1.1 * short.1, "{name}: {} ms after a cut, {} ms of a short prompt", cut.1, short.1);
     }
 }

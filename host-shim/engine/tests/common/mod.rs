@@ -42,8 +42,14 @@ pub fn paged(block_size: usize, blocks: usize) -> CacheConfig {
     CacheConfig { kind: CacheKind::Paged { block_size, blocks }, ..CONTIGUOUS }
 }
 
+/// The same cache on the device that `KVHOOK_TEST_DEVICE` names, as in `cuda`; else on the CPU.
+pub fn placed(cache: CacheConfig) -> CacheConfig {
+    let device = std::env::var("KVHOOK_TEST_DEVICE").map_or(cache.device, |name| name.parse().unwrap());
+    CacheConfig { device, ..cache }
+}
+
 pub fn runner(config: CacheConfig) -> Runner {
-    Runner::new(model(), config).unwrap()
+    Runner::new(model(), placed(config)).unwrap()
 }
 
 /// Bit patterns, so that a comparison is of bits and not of values.
@@ -67,7 +73,7 @@ pub fn truncate(config: &str) -> PluginConfig {
 
 /// A runner with plugins.
 pub fn with(cache: CacheConfig, plugins: &PluginConfig) -> Runner {
-    Runner::with_plugins(model(), cache, plugins).unwrap()
+    Runner::with_plugins(model(), placed(cache), plugins).unwrap()
 }
 
 /// The same cache without prefix sharing.
