@@ -28,10 +28,10 @@ __device__ inline void store(const Product &p, uint32_t row, uint32_t output, fl
 // Few rows: the weights are the traffic. A block makes 32 outputs of ROWS rows; each of its warps takes a segment at a
 // time, a lane an output, and the segments are added in order.
 constexpr int MOST_WARPS = 24;
+// Weights that a lane has in flight.
+constexpr int LOADS = 32;
 
 template <int ROWS> __device__ void few(const Product &p) {
-    // Weights in flight.
-    constexpr int LOADS = ROWS > 2 ? 16 : 32;
     __shared__ float xs[MOST_WARPS][ROWS][SEGMENT];
     __shared__ float sums[MOST_WARPS][ROWS][32];
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -62,7 +62,7 @@ impl Driver {
             let reason = "libcuda is not found; install the NVIDIA driver (580 or later), or use the CPU";
             return Err(failed(ordinal, reason.into()));
         }
-        let told = |what: &'static str| move |error| driver_error(ordinal, what, error);
+        let told = |what| told(ordinal, what);
         result::init().map_err(told("initialising the driver"))?;
         let count = result::device::get_count().map_err(told("counting devices"))?;
         if ordinal >= count {
@@ -95,7 +95,8 @@ impl Driver {
     }
 
     fn load(&mut self) -> Result<()> {
-        let told = self.told();
+        let ordinal = self.ordinal;
+        let told = |what| told(ordinal, what);
         let _entered = self.enter()?;
         self.stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(told("making a stream"))?;
@@ -144,17 +145,15 @@ impl Driver {
         self.stream.cast()
     }
 
-    fn told(&self) -> impl Fn(&'static str) -> Box<dyn Fn(DriverError) -> Error> + use<> {
-        let ordinal = self.ordinal;
-        move |what| Box::new(move |error| driver_error(ordinal, what, error))
+    /// For `map_err`: the driver's error with what was tried.
+    fn told(&self, what: &'static str) -> impl Fn(DriverError) -> Error + use<> {
+        told(self.ordinal, what)
     }
 
     /// Makes the context current on this thread until the guard is dropped.
     fn enter(&self) -> Result<Entered> {
         // SAFETY: the context is retained.
-        unsafe { sys::cuCtxPushCurrent_v2(self.context) }
-            .result()
-            .map_err(self.told()("making the context current"))?;
+        unsafe { sys::cuCtxPushCurrent_v2(self.context) }.result().map_err(self.told("making the context current"))?;
         Ok(Entered(PhantomData))
     }
 
@@ -164,9 +163,8 @@ impl Driver {
     /// `parameters` is the struct that the kernel takes, and all memory that it names is what the kernel expects, until the
     /// stream has run it.
     pub(super) unsafe fn launch<P>(&self, name: &'static str, grid: Grid, parameters: &P) -> Result<()> {
-        let told = self.told();
         let missing = DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
-        let function = *self.functions.get(name).ok_or_else(|| told(name)(missing))?;
+        let function = *self.functions.get(name).ok_or_else(|| self.told(name)(missing))?;
         let [x, y, z] = grid.blocks.map(|blocks| blocks as u32);
         let mut arguments = [ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         let _entered = self.enter()?;
@@ -181,7 +179,7 @@ impl Driver {
                 &mut arguments,
             )
         }
-        .map_err(told(name))
+        .map_err(self.told(name))
     }
 
     /// Memory in the stream's order, at a multiple of 256.
@@ -199,7 +197,7 @@ impl Driver {
                     format!("{bytes} more bytes do not fit its memory; use a smaller cache or a shorter prompt");
                 Err(failed(self.ordinal, reason))
             }
-            status => status.result().map(|()| address).map_err(self.told()("allocating memory")),
+            status => status.result().map(|()| address).map_err(self.told("allocating memory")),
         }
     }
 
@@ -242,7 +240,7 @@ impl Driver {
     pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
         let _entered = self.enter()?;
         // SAFETY: passed on from the caller.
-        unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.stream) }.result().map_err(self.told()("clearing memory"))
+        unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.stream) }.result().map_err(self.told("clearing memory"))
     }
 
     /// Enqueues a copy within the device's memory.
@@ -255,9 +253,7 @@ impl Driver {
         }
         let _entered = self.enter()?;
         // SAFETY: passed on from the caller.
-        unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) }
-            .result()
-            .map_err(self.told()("copying memory"))
+        unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) }.result().map_err(self.told("copying memory"))
     }
 
     /// Enqueues a copy to the device; `data` may go when the call returns. It does not wait, but where it needs more
@@ -270,7 +266,7 @@ impl Driver {
         if bytes == 0 {
             return Ok(());
         }
-        let (told, _entered) = (self.told(), self.enter()?);
+        let _entered = self.enter()?;
         let mut staging = self.staging.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let passed = |block: &Staging| {
             // SAFETY: the event is ours.
@@ -284,9 +280,9 @@ impl Driver {
                 // SAFETY: the address is written during the call; memory and event are given back on drop.
                 unsafe { sys::cuMemHostAlloc(&raw mut data, bytes, 0) }
                     .result()
-                    .map_err(told("allocating page-locked memory"))?;
+                    .map_err(self.told("allocating page-locked memory"))?;
                 let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-                staging.push(Staging { data, bytes, event: event.map_err(told("making an event"))? });
+                staging.push(Staging { data, bytes, event: event.map_err(self.told("making an event"))? });
                 staging.len() - 1
             }
         };
@@ -297,8 +293,8 @@ impl Driver {
             ptr::copy_nonoverlapping(data.as_ptr().cast::<u8>(), block.data.cast(), bytes);
             sys::cuMemcpyHtoDAsync_v2(to, block.data, bytes, self.stream)
                 .result()
-                .map_err(told("copying to the device"))?;
-            result::event::record(block.event, self.stream).map_err(told("recording an event"))
+                .map_err(self.told("copying to the device"))?;
+            result::event::record(block.event, self.stream).map_err(self.told("recording an event"))
         }
     }
 
@@ -311,7 +307,7 @@ impl Driver {
         // SAFETY: passed on from the caller; the data stays until the wait below is over.
         unsafe { sys::cuMemcpyHtoDAsync_v2(to, data.as_ptr().cast(), size_of_val(data), self.stream) }
             .result()
-            .map_err(self.told()("copying to the device"))?;
+            .map_err(self.told("copying to the device"))?;
         self.wait()
     }
 
@@ -325,7 +321,7 @@ impl Driver {
             // SAFETY: passed on from the caller; the wait below comes before anybody reads.
             unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, size_of_val(out), self.stream) }
                 .result()
-                .map_err(self.told()("copying from the device"))?;
+                .map_err(self.told("copying from the device"))?;
         }
         self.wait()
     }
@@ -337,7 +333,7 @@ impl Driver {
     pub(crate) fn wait(&self) -> Result<()> {
         let _entered = self.enter()?;
         // SAFETY: the stream is ours.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(self.told()("waiting for the device"))
+        unsafe { result::stream::synchronize(self.stream) }.map_err(self.told("waiting for the device"))
     }
 }
 
@@ -379,9 +375,11 @@ impl Drop for Entered {
     }
 }
 
-/// The driver's error with what was tried.
-fn driver_error(ordinal: i32, what: &str, error: DriverError) -> Error {
-    let name = error.error_name().map_or_else(|_| "an unknown error".into(), |name| name.to_string_lossy());
-    let after = "errors of earlier work may show here, and the process may have to begin anew";
-    failed(ordinal, format!("{what}: the driver says {name} ({}); {after}", error.0 as u32))
+/// For `map_err`: the driver's error with what was tried.
+fn told(ordinal: i32, what: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| {
+        let name = error.error_name().map_or_else(|_| "an unknown error".into(), |name| name.to_string_lossy());
+        let after = "errors of earlier work may show here, and the process may have to begin anew";
+        failed(ordinal, format!("{what}: the driver says {name} ({}); {after}", error.0 as u32))
+    }
 }
