@@ -4,11 +4,16 @@
 #   build.sh            write the files
 #   build.sh --check    compile elsewhere and compare with the files, byte by byte
 #   build.sh NAME...    write these families only
+#   build.sh --in DIR   before any of these: the kernels of another folder, whose files go to DIR/../prebuilt
 #
 # NVCC names the compiler (CUDA 13.0: a newer one writes PTX that drivers of 13.0 refuse).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 nvcc=${NVCC:-nvcc}
+if [ "${1:-}" = --in ]; then
+    here=$(cd "$2" && pwd)
+    shift 2
+fi
 out=$here/../prebuilt
 check=
 if [ "${1:-}" = --check ]; then

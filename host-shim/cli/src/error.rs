@@ -12,7 +12,7 @@ use crate::bench::error::BenchError;
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
 pub const EXIT_USAGE: u8 = 2;
-/// Exit code when this machine lacks something: pip, a network, a cache folder.
+/// Exit code when this machine lacks something: pip, a network, a cache folder, a device.
 pub const EXIT_MISSING: u8 = 3;
 /// Exit code when a plugin or a model could not be loaded or run.
 pub const EXIT_ENGINE: u8 = 4;
@@ -136,7 +136,7 @@ impl CliError {
             Self::Bench(BenchError::NoRows { .. } | BenchError::NotPeers { .. } | BenchError::PeersFormat { .. }) => {
                 EXIT_USAGE
             }
-            Self::Engine(Error::Fetch { .. })
+            Self::Engine(Error::Fetch { .. } | Error::Device { .. })
             | Self::Bench(BenchError::NoDevice(_) | BenchError::BuiltWithoutCuda | BenchError::Memory { .. }) => {
                 EXIT_MISSING
             }

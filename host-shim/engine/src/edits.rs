@@ -62,11 +62,11 @@ impl Runner {
             }
         }
         self.insert_copy(fork, copy);
-        self.ranks().run(move |rank| {
-            if let RankCache::Contiguous(cache) = &mut rank.cache {
-                cache.fork(id, fork);
-            }
+        let copied = self.ranks().run(move |rank| match &mut rank.cache {
+            RankCache::Contiguous(cache) => cache.fork(id, fork),
+            RankCache::Paged(_) => Ok(()),
         })?;
+        copied.into_iter().collect::<Result<()>>()?;
         tails.take_over(self, fork)?;
         Ok(fork)
     }
@@ -196,13 +196,13 @@ impl Tails {
     /// Copies the rows on every rank and puts the copies into the tables.
     fn take_over(self, runner: &mut Runner, id: SequenceId) -> Result<()> {
         let copies = self.copies.clone();
-        runner.ranks().run(move |rank| {
-            if let RankCache::Paged(cache) = &mut rank.cache {
-                for &(layer, _, from, to) in &copies {
-                    cache.copy_block(layer, from, to);
-                }
+        let copied = runner.ranks().run(move |rank| match &mut rank.cache {
+            RankCache::Paged(cache) => {
+                copies.iter().try_for_each(|&(layer, _, from, to)| cache.copy_block(layer, from, to))
             }
+            RankCache::Contiguous(_) => Ok(()),
         })?;
+        copied.into_iter().collect::<Result<()>>()?;
         let (pool, sequence) = runner.parts_mut(id)?;
         let Some(pool) = pool else { return Ok(()) };
         for (layer, blocks) in self.released {

@@ -55,7 +55,7 @@ fn allocation(bytes: usize) -> Result<Allocation, BenchError> {
 
 impl Machine for Cpu {
     fn describe(&self) -> Hardware {
-        let machine = this_machine();
+        let machine = this_machine(None);
         Hardware { device: "cpu".into(), name: format!("{}, {} cores", machine.cpu, machine.cores), driver: None }
     }
 
