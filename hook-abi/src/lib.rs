@@ -41,6 +41,7 @@ pub mod plugin;
 pub mod raw;
 pub mod scorer;
 pub mod step;
+pub mod tasks;
 pub mod view;
 
 pub use call::{Call, Host, Memory};

@@ -80,6 +80,9 @@ pub struct Plan<'a> {
     raw: *mut KvhPlan,
     layers: Slots,
     sequence: SequenceView<'a>,
+    /// Memory on the device for the lists that come.
+    #[cfg(feature = "cuda")]
+    reserved: DeviceSlice<u32>,
 }
 
 impl<'a> Plan<'a> {
@@ -94,7 +97,15 @@ impl<'a> Plan<'a> {
                 sequence.layer_count()
             )));
         }
-        Ok(Self { call, index, raw, layers, sequence })
+        Ok(Self {
+            call,
+            index,
+            raw,
+            layers,
+            sequence,
+            #[cfg(feature = "cuda")]
+            reserved: DeviceSlice::empty(),
+        })
     }
 
     /// Index of the sequence in the call.
@@ -316,6 +327,19 @@ pub struct LentLayer<'a>(LayerView<'a>);
 
 #[cfg(feature = "cuda")]
 impl Plan<'_> {
+    /// Takes the memory of all lists that come, of so many indices or positions each (of all heads), at once: the engine is
+    /// asked for it once, not for each layer.
+    ///
+    /// # Errors
+    /// What the host's memory answers.
+    pub fn reserve_on_device(&mut self, lists: impl Iterator<Item = usize>) -> Result<(), PluginError> {
+        let total = lists.map(aligned).fold(0, usize::saturating_add);
+        if total > 0 {
+            self.reserved = self.call.device_memory(Memory::Ticket(self.index), total)?;
+        }
+        Ok(())
+    }
+
     /// As [`Self::select`], on a CUDA device: gives the memory `[kv_heads, count]` (`shared`: `[count]`) for the indices,
     /// which work enqueued during the call fills.
     ///
@@ -328,7 +352,7 @@ impl Plan<'_> {
         shared: bool,
     ) -> Result<DeviceSlice<u32>, PluginError> {
         let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
-        let lent = self.call.device_memory(Memory::Ticket(self.index), heads * count)?;
+        let lent = self.list_on_device(heads * count)?;
         self.set_indices(layer, count, if shared { 0 } else { count }, lent.address() as *const u32)?;
         Ok(lent)
     }
@@ -344,10 +368,25 @@ impl Plan<'_> {
         shared: bool,
     ) -> Result<DeviceSlice<u32>, PluginError> {
         let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
-        let lent = self.call.device_memory(Memory::Ticket(self.index), heads * count)?;
+        let lent = self.list_on_device(heads * count)?;
         self.set_positions(layer, count, if shared { 0 } else { count }, lent.address() as *const u32)?;
         Ok(lent)
     }
+
+    fn list_on_device(&mut self, count: usize) -> Result<DeviceSlice<u32>, PluginError> {
+        let reserved = self.reserved;
+        if count > reserved.len() {
+            return self.call.device_memory(Memory::Ticket(self.index), count);
+        }
+        self.reserved = reserved.part(aligned(count).min(reserved.len())..reserved.len())?;
+        Ok(reserved.part(0..count)?)
+    }
+}
+
+/// Numbers that a list of `count` takes of reserved memory: each begins at a multiple of 256 bytes.
+#[cfg(feature = "cuda")]
+fn aligned(count: usize) -> usize {
+    count.next_multiple_of(cuda::memory::SCRATCH_ALIGNMENT as usize / size_of::<u32>())
 }
 
 #[cfg(feature = "cuda")]

@@ -176,6 +176,7 @@ impl<S: Scorer> Plugin for Scored<S> {
                 context.model.device_type
             )));
         }
+        context.model.dtype()?;
         let scorer = S::create(context, config.own)?;
         let window = scorer.window_queries() as usize;
         #[cfg(feature = "cuda")]

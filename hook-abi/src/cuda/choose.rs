@@ -1,11 +1,17 @@
 //! Keeping the entries with the best scores.
 
-use kvhook_kernels::Protected;
+use std::ops::Range;
+use std::sync::Arc;
+
+use kvhook_kernels::cuda::check::Indices;
 use kvhook_kernels::cuda::sample::{Sample, sample};
 use kvhook_kernels::cuda::scores::{Scores, Selection, Weight, refuse, weigh};
+use kvhook_kernels::cuda::select::{Gather, gather};
 use kvhook_kernels::cuda::top_k::{TopK, top_k};
-use kvhook_kernels::cuda::{Device, DeviceSlice, Stream, Verdict};
+use kvhook_kernels::cuda::whole::{Merge, merge_whole};
+use kvhook_kernels::cuda::{Device, DeviceSlice, Rows, Verdict};
 use kvhook_kernels::sample::Draw;
+use kvhook_kernels::{Dtype, Layout, Protected};
 
 use super::window::Window;
 use crate::call::{Call, Memory};
@@ -16,17 +22,19 @@ use crate::view::LayerView;
 const WORKING_BYTES: usize = 64 << 20;
 
 /// One layer of one sequence of which entries are kept by score.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Job<'a> {
     /// The layer.
     pub layer: LayerView<'a>,
     /// The last queries, where they are scored by.
     pub window: Option<Window>,
-    /// Entries that are kept whatever their score. Not more than are kept.
+    /// The entries that may be dropped, ascending stretches that do not touch: the others are kept. None: all may be.
+    pub open: Option<Arc<[Range<usize>]>>,
+    /// Entries that are kept whatever their score, of those that may be dropped. Not more than are kept of them.
     pub protected: Protected,
     /// Names the draw of the first head, where entries are drawn.
     pub draw: Draw,
-    /// Where the indices of the kept entries go, `[kv_heads, keep]`: [`Plan::select_on_device`](crate::Plan::select_on_device).
+    /// Where the indices of the kept entries go, `[kv_heads, keep]`, those that may not be dropped among them: [`Plan::select_on_device`](crate::Plan::select_on_device).
     pub kept: DeviceSlice<u32>,
 }
 
@@ -43,6 +51,19 @@ pub enum How {
 pub struct Scratch<'a> {
     call: Call<'a>,
     memory: DeviceSlice<u8>,
+}
+
+impl Job<'_> {
+    /// Entries of a head that may be dropped.
+    fn open(&self) -> usize {
+        self.open.as_ref().map_or(self.layer.length(), |open| open.iter().map(Range::len).sum())
+    }
+
+    /// Entries of a head that are chosen of those.
+    fn chosen(&self) -> usize {
+        let kept = self.kept.len().checked_div(self.layer.kv_heads()).unwrap_or(0);
+        (kept + self.open()).saturating_sub(self.layer.length())
+    }
 }
 
 impl Scratch<'_> {
@@ -75,7 +96,9 @@ pub fn choose(
     mut score: impl FnMut(&[Job<'_>], &[DeviceSlice<f32>], &mut Scratch<'_>) -> Result<(), PluginError>,
 ) -> Result<(), PluginError> {
     let size = |job: &Job<'_>| job.layer.kv_heads() * job.layer.length();
-    let most = WORKING_BYTES / (size_of::<f32>() + working);
+    // Scores and choice of the entries that may be dropped, where others may not be.
+    let apart = if jobs.iter().any(|job| job.open.is_some()) { 2 * size_of::<f32>() } else { 0 };
+    let most = WORKING_BYTES / (size_of::<f32>() + working + apart);
     let mut groups = Vec::new();
     let mut rest = jobs;
     while !rest.is_empty() {
@@ -97,7 +120,9 @@ pub fn choose(
     // Faults are told by the lists themselves, each for its own sequence.
     let verdict = Verdict::new(call.device_memory(Memory::Call, 1)?)?;
     verdict.clear(device, stream)?;
+    let chooser = Chooser { device, call, how, verdict };
     let mut scratch = Scratch { call: *call, memory: DeviceSlice::empty() };
+    let mut apart = Apart::new(call, &groups)?;
     for group in groups {
         let mut start = 0;
         let mut scores = Vec::with_capacity(group.len());
@@ -106,47 +131,117 @@ pub fn choose(
             start += size(job);
         }
         score(group, &scores, &mut scratch)?;
-        select(device, stream, group, &scores, how, &verdict)?;
+        chooser.select(group, &scores, &mut apart)?;
     }
     Ok(())
 }
 
-fn select(
-    device: &Device,
-    stream: Stream,
-    group: &[Job<'_>],
-    scores: &[DeviceSlice<f32>],
-    how: How,
-    verdict: &Verdict,
-) -> Result<(), PluginError> {
-    let with_heads = |(job, &scores): (&Job<'_>, &DeviceSlice<f32>)| Scores { scores, heads: job.layer.kv_heads() };
-    let scored: Vec<Scores> = group.iter().zip(scores).map(with_heads).collect();
-    match how {
-        How::Top => {
-            let items = group.iter().zip(&scored).map(|(job, &Scores { scores, heads })| TopK {
-                scores,
-                heads,
-                protected: job.protected,
-                out: job.kept,
-            });
-            top_k(device, stream, &items.collect::<Vec<_>>(), verdict)?;
+/// Memory for the scores of the entries that may be dropped, and for their choice, where others may not be: that of the
+/// largest group.
+struct Apart {
+    scores: DeviceSlice<f32>,
+    chosen: DeviceSlice<u32>,
+}
+
+impl Apart {
+    fn new(call: &Call<'_>, groups: &[&[Job<'_>]]) -> Result<Self, PluginError> {
+        let (mut open, mut chosen) = (0, 0);
+        for group in groups {
+            let apart = || group.iter().filter(|job| job.open.is_some());
+            open = open.max(apart().map(|job| job.layer.kv_heads() * job.open()).sum());
+            chosen = chosen.max(apart().map(|job| job.layer.kv_heads() * job.chosen()).sum());
         }
-        How::Sample(weight) => {
-            if let Some(weight) = weight {
-                weigh(device, stream, &scored, weight)?;
-            }
-            let items = group.iter().zip(&scored).map(|(job, &Scores { scores, heads })| Sample {
-                weights: scores,
-                heads,
-                protected: job.protected,
-                draw: job.draw,
-                out: job.kept,
-            });
-            sample(device, stream, &items.collect::<Vec<_>>(), verdict)?;
+        if open == 0 {
+            return Ok(Self { scores: DeviceSlice::empty(), chosen: DeviceSlice::empty() });
         }
+        let scores = call.device_memory(Memory::Call, open)?;
+        Ok(Self { scores, chosen: call.device_memory(Memory::Call, chosen)? })
     }
-    let selection =
-        |(job, &scores): (&Job<'_>, &Scores)| Selection { scores, protected: job.protected, kept: job.kept };
-    let selections: Vec<Selection> = group.iter().zip(&scored).map(selection).collect();
-    Ok(refuse(device, stream, &selections, how != How::Top)?)
+}
+
+/// What the choice of every group is made with.
+struct Chooser<'a> {
+    device: &'a Device,
+    call: &'a Call<'a>,
+    how: How,
+    verdict: Verdict,
+}
+
+impl Chooser<'_> {
+    fn select(&self, group: &[Job<'_>], scores: &[DeviceSlice<f32>], apart: &mut Apart) -> Result<(), PluginError> {
+        let (device, stream) = (self.device, self.call.cuda_stream()?);
+        // Of jobs whose entries may not all be dropped, those that may be are chosen from as if they were all.
+        let (mut scored, mut chosen) = (Vec::with_capacity(group.len()), Vec::with_capacity(group.len()));
+        let (mut copies, mut merges) = (Vec::new(), Vec::new());
+        let (mut scores_used, mut chosen_used) = (0, 0);
+        for (job, &all) in group.iter().zip(scores) {
+            let heads = job.layer.kv_heads();
+            let Some(open) = &job.open else {
+                scored.push(Scores { scores: all, heads });
+                chosen.push(job.kept);
+                continue;
+            };
+            let (count, keep) = (job.open(), job.chosen());
+            let of_open = apart.scores.part(scores_used..scores_used + heads * count)?;
+            let kept = apart.chosen.part(chosen_used..chosen_used + heads * keep)?;
+            (scores_used, chosen_used) = (scores_used + heads * count, chosen_used + heads * keep);
+            let (source, destination) = (as_rows(all, heads)?, as_rows(of_open, heads)?);
+            let mut destination_start = 0;
+            for range in open.iter() {
+                let (indices, tail) = (Indices::none(), range.clone());
+                copies.push(Gather { source, destination, indices, tail, destination_start });
+                destination_start += range.len();
+            }
+            let (length, lists) = (job.layer.length(), heads);
+            merges.push(Merge { open, length, chosen: Indices::per_head(kept, keep), lists, out: job.kept });
+            scored.push(Scores { scores: of_open, heads });
+            chosen.push(kept);
+        }
+        if !copies.is_empty() {
+            gather(device, stream, &copies, None, DeviceSlice::empty())?;
+        }
+        let each = || group.iter().zip(&scored).zip(&chosen);
+        match self.how {
+            How::Top => {
+                let items = each().map(|((job, &Scores { scores, heads }), &out)| TopK {
+                    scores,
+                    heads,
+                    protected: job.protected,
+                    out,
+                });
+                top_k(device, stream, &items.collect::<Vec<_>>(), &self.verdict)?;
+            }
+            How::Sample(weight) => {
+                if let Some(weight) = weight {
+                    weigh(device, stream, &scored, weight)?;
+                }
+                let items = each().map(|((job, &Scores { scores, heads }), &out)| Sample {
+                    weights: scores,
+                    heads,
+                    protected: job.protected,
+                    draw: job.draw,
+                    out,
+                });
+                sample(device, stream, &items.collect::<Vec<_>>(), &self.verdict)?;
+            }
+        }
+        if !merges.is_empty() {
+            merge_whole(device, stream, &merges)?;
+        }
+        let selection = |((job, &scores), _): ((&Job<'_>, &Scores), _)| Selection {
+            scores,
+            protected: job.protected,
+            kept: job.kept,
+        };
+        let selections: Vec<Selection> = each().map(selection).collect();
+        Ok(refuse(device, stream, &selections, self.how != How::Top)?)
+    }
+}
+
+/// Scores `[heads, length]` as rows of one element.
+fn as_rows(scores: DeviceSlice<f32>, heads: usize) -> Result<Rows, PluginError> {
+    let length = scores.len().checked_div(heads).unwrap_or(0);
+    let layout = Layout::head_major(Dtype::F32, heads, length, 1);
+    // SAFETY: the memory is the call's, and as long as that.
+    Ok(unsafe { Rows::new(scores.address(), layout, None)? })
 }

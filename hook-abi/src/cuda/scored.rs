@@ -10,7 +10,7 @@ use crate::plan::{Plan, Request, Requests};
 use crate::plugin::CreateContext;
 use crate::raw::KvhRange;
 use crate::scorer::{Scored, Scorer};
-use crate::view::SequenceView;
+use crate::view::{LayerView, SequenceView};
 
 /// What a scorer has for a cache on a device.
 pub(crate) struct OnDevice {
@@ -62,6 +62,11 @@ impl<S: Scorer> Scored<S> {
             Err(reason) => return plan.keep(reason, ""),
         };
         let first = jobs.len();
+        let chosen =
+            |(layer, count): &(LayerView<'_>, usize)| layer.is_planned() && *count > 0 && *count < layer.length();
+        plan.reserve_on_device(
+            layers.iter().filter(|layer| chosen(layer)).map(|(layer, count)| layer.kv_heads() * count),
+        )?;
         for (layer, count) in layers {
             if !layer.is_planned() {
                 // A layer that reads another's cache follows that one's plan.
@@ -90,7 +95,7 @@ impl<S: Scorer> Scored<S> {
             };
             let kept = plan.select_on_device(layer.index(), count, false)?;
             let draw = Draw { seed: 0, round: 0, layer: 0, head: 0 };
-            jobs.push(Job { layer, window, protected: self.protected, draw, kept });
+            jobs.push(Job { layer, window, open: None, protected: self.protected, draw, kept });
         }
         Ok(())
     }

@@ -75,13 +75,23 @@ impl Host {
                     .into(),
             ));
         }
+        let mut offers = KvhOffers { struct_size: size_of::<KvhOffers>(), ..config.offers };
+        if let Some(model) = config.models.iter().find(|model| !model.has_values()) {
+            let dtype = kvhook_abi::view::dtype_name(model.dtype());
+            if offers.can & KVH_CAN_REWRITE != 0 {
+                let text =
+                    format_args!("rows of {dtype} are kept or dropped, not written anew: `rewrite` is not offered");
+                config.callbacks.log(KVH_LOG_WARN, text);
+            }
+            offers.can &= !KVH_CAN_REWRITE;
+        }
         let open = |model: &Model| Device::open(model.raw().device, &config.callbacks);
         let devices = config.models.iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self {
             callbacks: config.callbacks,
             devices,
             models: config.models.into_iter().map(Arc::new).collect(),
-            offers: KvhOffers { struct_size: size_of::<KvhOffers>(), ..config.offers },
+            offers,
             sequences: RwLock::default(),
             tickets: Mutex::default(),
             next_uid: AtomicU64::new(1),

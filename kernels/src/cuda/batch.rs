@@ -1,5 +1,7 @@
 //! The parameters of a launch over views of several layers and sequences.
 
+use std::mem::MaybeUninit;
+
 use super::error::CudaError;
 use super::rows::RawLayout;
 
@@ -17,10 +19,12 @@ pub(crate) struct Batch<H, I, const N: usize> {
     count: u32,
     tiles: u32,
     layouts: [RawLayout; LAYOUTS],
-    items: [I; N],
+    /// Those behind `count` are never written, nor read by a kernel: to clear them is most of what a launch costs the host
+    /// beside the driver.
+    items: [MaybeUninit<I>; N],
 }
 
-impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
+impl<H: Copy, I: Copy, const N: usize> Batch<H, I, N> {
     /// Refused by the compiler where a launch could not take it.
     const FITS: () = assert!(size_of::<Self>() <= PARAMETER_BYTES);
 
@@ -38,9 +42,10 @@ impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
         if things.is_empty() {
             return Ok(());
         }
-        let empty =
-            || Self { head, count: 0, tiles: 0, layouts: [RawLayout::default(); LAYOUTS], items: [I::default(); N] };
-        let (mut batch, mut layouts) = (empty(), Layouts::default());
+        let (layouts, items) = ([RawLayout::default(); LAYOUTS], [const { MaybeUninit::uninit() }; N]);
+        // Made where it stays: it is as large as a launch's parameters may be.
+        let mut batch = Self { head, count: 0, tiles: 0, layouts, items };
+        let mut layouts = Layouts::default();
         for (index, thing) in things.iter().enumerate() {
             // A thing takes fewer layouts than a launch has, so the second try finds room.
             for _ in 0..2 {
@@ -52,7 +57,7 @@ impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
                 {
                     Some((_, 0)) => break,
                     Some((item, tiles)) => {
-                        batch.items[batch.count as usize] = item;
+                        batch.items[batch.count as usize].write(item);
                         batch.count += 1;
                         batch.tiles += tiles;
                         break;
@@ -60,7 +65,9 @@ impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
                     None if batch.tiles > 0 => {
                         batch.layouts = layouts.raw;
                         launch(&mut batch)?;
-                        (batch, layouts) = (empty(), Layouts::default());
+                        // Items behind `count` are nobody's.
+                        (batch.head, batch.count, batch.tiles) = (head, 0, 0);
+                        layouts = Layouts::default();
                     }
                     None => {
                         return Err(CudaError::TooLarge {
@@ -81,7 +88,9 @@ impl<H: Copy, I: Copy + Default, const N: usize> Batch<H, I, N> {
 
     /// The items.
     pub(crate) fn items(&self) -> &[I] {
-        &self.items[..self.count as usize]
+        let written = &self.items[..self.count as usize];
+        // SAFETY: `for_each` wrote the first `count` items.
+        unsafe { written.assume_init_ref() }
     }
 
     /// Tiles of all items.

@@ -8,7 +8,9 @@ use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
 use super::memory::DeviceSlice;
-use super::{check, grouped_mlp, key_diff, norms, plan, rotate, sample, scores, select, top_k, window_attention};
+use super::{
+    check, grouped_mlp, key_diff, norms, plan, rotate, sample, scores, select, top_k, whole, window_attention,
+};
 
 /// A CUDA stream of the caller's, borrowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +67,7 @@ const FAMILIES: &[&Family] = &[
     &scores::FAMILY,
     &select::FAMILY,
     &top_k::FAMILY,
+    &whole::FAMILY,
     &window_attention::FAMILY,
 ];
 
@@ -192,12 +195,14 @@ impl Device {
     /// for the copy: call it when the engine starts, not while a stream is captured.
     ///
     /// # Errors
-    /// [`CudaError::Driver`], when there is no memory, too.
+    /// [`CudaError::OutOfMemory`], [`CudaError::Driver`].
     pub fn keep(&mut self, bytes: &[u8]) -> Result<DeviceSlice<u8>, CudaError> {
         let _entered = self.enter()?;
         // SAFETY: the memory is freed when this is dropped.
-        let address =
-            unsafe { result::malloc_sync(bytes.len().max(1)) }.map_err(CudaError::driver("allocating memory"))?;
+        let address = unsafe { result::malloc_sync(bytes.len().max(1)) }.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { what: "weights", bytes: bytes.len() },
+            _ => CudaError::driver("allocating memory")(error),
+        })?;
         self.kept.push(address);
         with_stream("copying to the device", |stream| {
             // SAFETY: the memory is that long, and `bytes` outlives the wait.

@@ -46,6 +46,14 @@ pub enum CudaError {
         /// Its name for that.
         name: String,
     },
+    /// The device has no memory left for what stays as long as its kernels do.
+    #[error("the device gives no {bytes} bytes more for {what}")]
+    OutOfMemory {
+        /// What they are for.
+        what: &'static str,
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// The arguments are refused for the reason that the CPU body gives.
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -28,6 +28,7 @@ pub mod scores;
 pub mod select;
 pub mod top_k;
 pub mod verdict;
+pub mod whole;
 pub mod window_attention;
 
 mod batch;

@@ -66,7 +66,7 @@ pub fn gather(
     verdict: Option<&Verdict>,
     scratch: DeviceSlice<u8>,
 ) -> Result<(), CudaError> {
-    let tasks = gathers.iter().map(Task::new).collect::<Result<Vec<_>, _>>()?;
+    let tasks = Task::all(gathers)?;
     let words = state_words(&tasks);
     let mut state = scratch.scratch(words * 4)?;
     let verdict = Verdict::address_of(verdict);
@@ -96,7 +96,7 @@ pub fn gather(
 /// # Errors
 /// As [`gather`].
 pub fn scratch_bytes(gathers: &[Gather]) -> Result<usize, CudaError> {
-    let tasks = gathers.iter().map(Task::new).collect::<Result<Vec<_>, _>>()?;
+    let tasks = Task::all(gathers)?;
     Ok(state_words(&tasks) * 4)
 }
 
@@ -148,17 +148,25 @@ impl Word {
 }
 
 /// An item that was checked.
-struct Task {
+struct Task<'a> {
     word: Word,
     in_place: bool,
     tiles: u32,
-    source: Rows,
-    destination: Rows,
+    source: &'a Rows,
+    destination: &'a Rows,
     item: Item,
 }
 
-impl Task {
-    fn new(gather: &Gather) -> Result<Self, CudaError> {
+impl<'a> Task<'a> {
+    fn all(gathers: &'a [Gather]) -> Result<Vec<Self>, CudaError> {
+        let mut tasks = Vec::with_capacity(gathers.len());
+        for gather in gathers {
+            tasks.push(Self::new(gather)?);
+        }
+        Ok(tasks)
+    }
+
+    fn new(gather: &'a Gather) -> Result<Self, CudaError> {
         let Gather { source, destination, indices, tail, destination_start } = gather;
         let heads = source.kv_heads();
         if source.dtype() != destination.dtype() {
@@ -196,8 +204,8 @@ impl Task {
             word,
             in_place,
             tiles: u32::try_from(tiles).unwrap_or(u32::MAX),
-            source: *source,
-            destination: *destination,
+            source,
+            destination,
             item: Item {
                 source: raw,
                 destination: raw_destination,

@@ -13,4 +13,5 @@ mod rotate;
 mod scores;
 mod select;
 mod streams;
+mod whole;
 mod window_attention;

@@ -16,6 +16,7 @@ pub mod stretches;
 
 use std::sync::Arc;
 
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{
     Bound, BoundArgs, Call, Can, CreateContext, Hooks, Needs, Plugin, PluginError, Requests, export_plugin,
 };
@@ -49,7 +50,7 @@ impl Plugin for MlpDecouple {
         let (settings, weights) = config::open(&config, context)?;
         let place = match context.model.on_cpu() {
             #[cfg(feature = "cuda")]
-            false => Place::Device(on_device::OnDevice::shared(context, &weights)?),
+            false => Place::Device(on_device::OnDevice::shared(context, &settings, &weights)?),
             _ => Place::Memory(Mlps::shared(&weights)?),
         };
         Ok(Self { settings, place })

@@ -7,8 +7,9 @@ use kvhook_abi::cuda::grouped_mlp::{self, Arithmetic, Compress, GroupedMlp, Grou
 use kvhook_abi::cuda::plan::{Progression, progressions};
 use kvhook_abi::cuda::select::{self, Gather, gather};
 use kvhook_abi::cuda::{CudaError, Device, DeviceSlice};
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{Call, CreateContext, Plan, PluginError, Request, Requests, SequenceView};
-use kvhook_mlp_weights::Weights;
+use kvhook_mlp_weights::{Mlp, Weights};
 
 use crate::config::Settings;
 use crate::error::Kept;
@@ -19,7 +20,8 @@ use crate::stretches::{PositionRule, Run};
 /// A device with the MLPs of a model.
 pub struct OnDevice {
     device: Device,
-    layers: Vec<LayerMlps<GroupedMlp>>,
+    /// None where a layer is not compressed.
+    layers: Vec<Option<LayerMlps<GroupedMlp>>>,
 }
 
 /// What one call enqueues.
@@ -31,28 +33,28 @@ struct Work {
 }
 
 impl OnDevice {
-    /// Packs the weights for the model's device and dtype and copies them there, or gives those that an instance on that
-    /// device has. They go when the last instance goes.
+    /// Packs the weights of the layers that are compressed for the model's device and dtype and copies them there, or gives
+    /// those that an instance on that device has. They go when the last instance goes.
     ///
     /// # Errors
     /// Those of [`CreateContext::cuda_device`]; a shape that the kernels do not take; no memory.
-    pub fn shared(context: &CreateContext<'_>, weights: &Weights) -> Result<Arc<Self>, PluginError> {
-        /// By content, device and dtype.
-        static SHARED: Shared<(Hash, i32, usize), OnDevice> = Shared::new();
+    pub fn shared(
+        context: &CreateContext<'_>,
+        settings: &Settings,
+        weights: &Weights,
+    ) -> Result<Arc<Self>, PluginError> {
+        /// By content, layers, device and dtype.
+        static SHARED: Shared<(Hash, Vec<bool>, i32, usize), OnDevice> = Shared::new();
         let model = context.model;
-        let Some(dtype) = kvhook_abi::view::dtype(model.cache_dtype) else {
-            let found = kvhook_abi::view::dtype_name(model.cache_dtype);
-            return Err(PluginError::Unsupported(format!("the cache is {found}")));
-        };
-        SHARED.get_or_make((hash(weights), model.device_id, dtype as usize), || {
+        let dtype = model.dtype()?;
+        let compressed = &settings.layers;
+        SHARED.get_or_make((hash(weights), compressed.clone(), model.device_id, dtype as usize), || {
             let (factor, head_dim) = (weights.factor, weights.head_dim);
             let shape = Shape { factor, head_dim, dtype, arithmetic: Arithmetic::fastest(dtype, head_dim) };
             let mut device = context.cuda_device()?;
-            let layers = weights.layers.iter().map(|layer| {
-                LayerMlps::pack(layer, |mlp| {
-                    GroupedMlp::new(shape, device.keep(&grouped_mlp::pack(shape, linear(mlp))?)?)
-                })
-            });
+            let mut pack = |mlp: &Mlp| GroupedMlp::new(shape, device.keep(&grouped_mlp::pack(shape, linear(mlp))?)?);
+            let layers = weights.layers.iter().zip(compressed);
+            let layers = layers.map(|(layer, wanted)| wanted.then(|| LayerMlps::pack(layer, &mut pack)).transpose());
             let layers = layers.collect::<Result<_, CudaError>>()?;
             Ok(Self { device, layers })
         })
@@ -77,7 +79,9 @@ impl OnDevice {
 
     fn lay_out<'a>(&self, settings: &Settings, sequence: &SequenceView<'a>, plan: &mut Plan<'a>) -> Result<Work, Kept> {
         let mut work = Work::default();
-        for Rewrite { layer, lent, runs } in rewrites(settings, sequence, plan)? {
+        let rewrites = rewrites(settings, sequence, plan)?;
+        plan.reserve_on_device(rewrites.iter().map(|of_layer| of_layer.lent.length()))?;
+        for Rewrite { layer, lent, runs } in rewrites {
             let number = layer.index();
             let Some(mlps) = self.layers.get(number) else {
                 return Err(Kept::Layers { found: number + 1, expected: settings.layers.len() });
@@ -99,7 +103,7 @@ impl OnDevice {
                         }),
                         Run::Groups { kind, row, count, .. } => {
                             // A stretch without MLPs is not laid out.
-                            let Some(&mlp) = mlps.get(kind, part) else { continue };
+                            let Some(&mlp) = mlps.as_ref().and_then(|mlps| mlps.get(kind, part)) else { continue };
                             let (source_start, count) = (row as usize, count as usize);
                             let groups = Groups { source_start, count, destination_start: to };
                             let positions = Some(positions);

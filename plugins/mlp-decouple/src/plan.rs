@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvhook_abi::plan::LentLayer;
-use kvhook_abi::{Call, LayerView, Memory, Plan, PluginError, Request, Requests, SequenceView};
+use kvhook_abi::tasks::Tasks;
+use kvhook_abi::{Call, LayerView, Memory, Plan, PluginError, Requests, SequenceView};
 use kvhook_kernels::grouped_mlp::{Groups, grouped_mlp};
 use kvhook_kernels::{Indices, KernelError, Rows, parallel, select};
 
@@ -72,8 +73,6 @@ pub struct Planner<'a> {
 
 /// The new rows of K or V of one layer, which may be made on any thread.
 struct Task<'a> {
-    /// Its sequence in the call.
-    sequence: usize,
     layer: usize,
     part: Part,
     mlps: &'a LayerMlps,
@@ -88,63 +87,27 @@ impl Planner<'_> {
     /// # Errors
     /// The host described the call badly, or refused working memory.
     pub fn fill(&self, call: &Call<'_>, requests: Requests<'_>) -> Result<(), PluginError> {
-        let mut plans = Vec::with_capacity(requests.len());
-        let mut tasks = Vec::new();
-        for request in requests {
-            let Request { sequence, mut plan } = request?;
-            let before = tasks.len();
-            if let Err(kept) = self.lay_out(&sequence, &mut plan, plans.len(), &mut tasks) {
-                tasks.truncate(before);
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-            plans.push(plan);
-        }
-        if tasks.is_empty() {
+        let tasks =
+            Tasks::lay_out(requests, |sequence, plan, tasks: &mut Vec<Task<'_>>| self.lay_out(sequence, plan, tasks))?;
+        if tasks.iter().len() == 0 {
             return Ok(());
         }
-        let failures = self.run(call, plans.len(), tasks)?;
-        for (plan, failure) in plans.iter_mut().zip(failures) {
-            if let Some((_, kept)) = failure {
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Runs the tasks; gives the first failure of each sequence, by the order of its tasks, whichever thread was faster.
-    fn run(
-        &self,
-        call: &Call<'_>,
-        sequences: usize,
-        tasks: Vec<Task<'_>>,
-    ) -> Result<Vec<Option<(usize, Kept)>>, PluginError> {
         let work = tasks.iter().map(Task::work).fold(0, usize::saturating_add);
-        let threads = parallel::threads_for(tasks.len(), work);
+        let threads = parallel::threads_for(tasks.iter().len(), work);
         let length = self.mlps.scratch_len();
         let scratch: &mut [f32] = call.allocate(Memory::Call, threads * length)?;
         // A thread takes a part for each task and puts it back.
         let scratch: Mutex<Vec<&mut [f32]>> = Mutex::new(scratch.chunks_exact_mut(length).collect());
         let rows = tasks.iter().map(|task| task.source.capacity()).max().unwrap_or(0);
         let rows: Vec<u32> = (0..rows as u32).collect();
-        let failures: Mutex<Vec<Option<(usize, Kept)>>> = Mutex::new((0..sequences).map(|_| None).collect());
-        parallel::for_each_on(threads, tasks.into_iter().enumerate().collect(), |(order, task): (usize, Task<'_>)| {
+        tasks.run(threads, |task| {
             let free = scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let Some(part) = free else {
-                return Err(PluginError::Internal("more threads than parts of working memory".into()));
-            };
-            let (layer, letter, sequence) = (task.layer, task.part.name(), task.sequence);
+            let part = free.ok_or_else(|| PluginError::Internal("more threads than parts of working memory".into()))?;
+            let (layer, letter) = (task.layer, task.part.name());
             let result = task.run(&rows, part);
             scratch.lock().unwrap_or_else(PoisonError::into_inner).push(part);
-            if let Err(source) = result {
-                let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-                let first = &mut failures[sequence];
-                if first.as_ref().is_none_or(|(earlier, _)| order < *earlier) {
-                    *first = Some((order, Kept::Compute { layer, part: letter, source }));
-                }
-            }
-            Ok(())
-        })?;
-        Ok(failures.into_inner().unwrap_or_else(PoisonError::into_inner))
+            result.map_err(|source| Kept::Compute { layer, part: letter, source })
+        })
     }
 
     /// Says what the new rows stand for, and adds the tasks that fill them.
@@ -152,7 +115,6 @@ impl Planner<'_> {
         &'a self,
         sequence: &SequenceView<'a>,
         plan: &mut Plan<'a>,
-        index: usize,
         tasks: &mut Vec<Task<'a>>,
     ) -> Result<(), Kept> {
         let settings = self.settings;
@@ -172,7 +134,7 @@ impl Planner<'_> {
             let runs: Arc<[Run]> = runs.into();
             for (part, source, destination) in [(Part::K, layer.k()?, lent.k()?), (Part::V, layer.v()?, lent.v()?)] {
                 let runs = runs.clone();
-                tasks.push(Task { sequence: index, layer: number, part, mlps, runs, source, destination });
+                tasks.push(Task { layer: number, part, mlps, runs, source, destination });
             }
         }
         Ok(())

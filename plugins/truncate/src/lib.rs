@@ -21,6 +21,7 @@ pub mod plan;
 pub mod window;
 
 use kvhook_abi::raw::KVH_DEVICE_CUDA;
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{
     Bound, BoundArgs, Call, Can, CreateContext, FreeReason, Hooks, ModelInfo, Needs, Phases, Plugin, PluginError,
     Requests, StepView, export_plugin,
@@ -28,6 +29,7 @@ use kvhook_abi::{
 
 use crate::budget::Amount;
 use crate::config::{Config, Settings};
+use crate::importance::Importance;
 use crate::kinds::Kinds;
 use crate::plan::Planner;
 use crate::window::Windows;
@@ -60,6 +62,9 @@ impl Plugin for Truncate {
             )));
         }
         let settings = Settings::new(&config, context)?;
+        if settings.history.importance().is_some_and(Importance::reads_keys) {
+            model.dtype()?;
+        }
         if settings.layers_differ && !context.offers.can.contains(Can::LAYER_COUNTS) {
             return Err(PluginError::Unsupported(
                 "config key `layers` gives layers different lengths, which this engine's cache cannot hold \

@@ -1,17 +1,26 @@
 //! Plans for a cache on a CUDA device: the same rows, chosen by the device, with all layers of all sequences together.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use kvhook_abi::config::ConfigError;
+use kvhook_abi::cuda::check::Indices;
 use kvhook_abi::cuda::key_diff::{self, KeyDiff, key_diff};
 use kvhook_abi::cuda::norms::{RowNorms, Sign, row_norms};
 use kvhook_abi::cuda::plan::{Spaced, spaced};
 use kvhook_abi::cuda::scores::Weight;
+use kvhook_abi::cuda::whole::{MOST_STRETCHES, Merge, merge_whole};
 use kvhook_abi::cuda::window_attention::{self, WindowAttention, window_attention};
 use kvhook_abi::cuda::{Device, DeviceSlice, How, Job, Scratch, Window, Windows, choose};
-use kvhook_abi::{Call, CreateContext, Plan, PluginError, Request, Requests, SequenceView, StepView};
+use kvhook_abi::tasks::Kept as _;
+use kvhook_abi::{
+    Call, CreateContext, LayerView, Memory, Plan, PluginError, Request, Requests, SequenceView, StepView,
+};
 use kvhook_kernels::Protected;
 use kvhook_kernels::sample::Draw;
 
-use crate::choose::{ByScore, divide_all};
+use crate::budget::Division;
+use crate::choose::{ByScore, divide_stretches};
 use crate::config::{History, Settings};
 use crate::error::Kept;
 use crate::importance::Importance;
@@ -28,19 +37,28 @@ pub struct OnDevice {
 #[derive(Default)]
 struct Work<'a> {
     spaced: Vec<Spaced>,
+    merges: Vec<MergeSpaced>,
     jobs: Vec<Job<'a>>,
+}
+
+/// Evenly spaced rows of those that may be dropped, put among the others.
+struct MergeSpaced {
+    open: Arc<[Range<usize>]>,
+    length: usize,
+    chosen: DeviceSlice<u32>,
+    out: DeviceSlice<u32>,
 }
 
 impl OnDevice {
     /// Opens the device.
     ///
     /// # Errors
-    /// A config that needs the rows' positions; those of [`CreateContext::cuda_device`].
+    /// A config that needs the rows' positions after a compression; those of [`CreateContext::cuda_device`].
     pub fn new(context: &CreateContext<'_>, settings: &Settings) -> Result<Self, PluginError> {
-        if settings.compressed != Compressed::All {
-            let word = if settings.compressed == Compressed::Text { "text" } else { "image" };
-            let allowed = "both on a device: positions of rows are not read there";
-            return Err(ConfigError::bad_value("segments", word, allowed).into());
+        if settings.compressed != Compressed::All && settings.every > 0 {
+            let allowed = "0 with segments=text and segments=image on a device: which rows are of which kind is known \
+                           there until the first compression";
+            return Err(ConfigError::bad_value("every", settings.every, allowed).into());
         }
         let layers = context.model.layers.len();
         let windows = settings.history.window().map(|window| Windows::new(window as usize, layers));
@@ -70,15 +88,26 @@ impl OnDevice {
         let mut work = Work::default();
         for request in requests {
             let Request { sequence, mut plan } = request?;
-            let (spaced, jobs) = (work.spaced.len(), work.jobs.len());
-            if let Err(kept) = self.lay_out(planner, &sequence, &mut plan, &mut work) {
+            let (spaced, merges, jobs) = (work.spaced.len(), work.merges.len(), work.jobs.len());
+            if let Err(kept) = self.lay_out(planner, call, &sequence, &mut plan, &mut work) {
                 work.spaced.truncate(spaced);
+                work.merges.truncate(merges);
                 work.jobs.truncate(jobs);
                 plan.keep(kept.reason(), &kept.to_string())?;
             }
         }
         if !work.spaced.is_empty() {
             spaced(&self.device, call.cuda_stream()?, &work.spaced)?;
+        }
+        if !work.merges.is_empty() {
+            let merges = work.merges.iter().map(|&MergeSpaced { ref open, length, chosen, out }| Merge {
+                open,
+                length,
+                chosen: Indices::shared(chosen),
+                lists: 1,
+                out,
+            });
+            merge_whole(&self.device, call.cuda_stream()?, &merges.collect::<Vec<_>>())?;
         }
         let importance = planner.settings.history.importance().unwrap_or(Importance::Uniform);
         let how = match planner.settings.history {
@@ -94,22 +123,48 @@ impl OnDevice {
     fn lay_out<'a>(
         &mut self,
         planner: &Planner<'_>,
+        call: &Call<'_>,
         sequence: &SequenceView<'a>,
         plan: &mut Plan<'a>,
         work: &mut Work<'a>,
     ) -> Result<(), Kept> {
         let settings = planner.settings;
         let kinds = Kinds::new(settings.compressed, sequence.segments(), sequence.next_position());
-        for Wished { layer, keep, wish, .. } in planner.wishes(sequence, &kinds)? {
+        let wished = planner.wishes(sequence, &kinds)?;
+        plan.reserve_on_device(wished.iter().map(|of_layer| match of_layer.wish {
+            Wish::All | Wish::Ranges(_) => 0,
+            Wish::ByPlace => of_layer.count(),
+            Wish::ByScore(..) => of_layer.layer.kv_heads() * of_layer.count(),
+        }))?;
+        for of_layer in wished {
+            let count = of_layer.count();
+            let Wished { layer, open: tokens, keep, wish } = of_layer;
             let (number, length) = (layer.index(), layer.length());
+            let stretches = match wish {
+                Wish::All | Wish::Ranges(_) => Arc::default(),
+                _ => open_stretches(settings, &kinds, sequence, &layer)?,
+            };
+            let apart = !kinds.is_all();
+            let divide = |recent| divide_stretches(&stretches, length, keep, settings.sinks, recent);
             match wish {
                 Wish::All => plan.select_all(number)?,
                 Wish::Ranges(ranges) => plan.select_ranges(number, &ranges)?,
                 Wish::ByPlace => {
-                    let division = divide_all(length, keep, settings.sinks, settings.recent);
-                    let out = plan.select_on_device(number, keep, true)?;
-                    let (sinks, chosen, recent) = (division.sinks, division.chosen, division.recent);
-                    work.spaced.push(Spaced { sinks, chosen, recent, length, out });
+                    let division = match settings.history {
+                        // All that is not a sink is recent.
+                        History::None { .. } => {
+                            let sinks = divide(settings.recent).sinks;
+                            Division { sinks, chosen: 0, recent: keep - sinks }
+                        }
+                        _ => divide(settings.recent),
+                    };
+                    let Division { sinks, chosen, recent } = division;
+                    let out = plan.select_on_device(number, count, true)?;
+                    let of_open = if apart { call.device_memory(Memory::Call, keep)? } else { out };
+                    work.spaced.push(Spaced { sinks, chosen, recent, length: tokens.stored as usize, out: of_open });
+                    if apart {
+                        work.merges.push(MergeSpaced { open: stretches, length, chosen: of_open, out });
+                    }
                 }
                 Wish::ByScore(how, importance) => {
                     let window = match importance {
@@ -122,7 +177,7 @@ impl OnDevice {
                     };
                     // The window's own rows are kept: its queries say little about them.
                     let recent = settings.recent.max(window.map_or(0, |window| window.tokens));
-                    let division = divide_all(length, keep, settings.sinks, recent);
+                    let division = divide(recent);
                     if let Some(windows) = &mut self.windows {
                         windows.planned(sequence, number, division.recent);
                     }
@@ -131,8 +186,9 @@ impl OnDevice {
                         ByScore::Top => Draw { seed: 0, round: 0, layer: 0, head: 0 },
                         ByScore::Sample(draw) => draw,
                     };
-                    let kept = plan.select_on_device(number, keep, false)?;
-                    work.jobs.push(Job { layer, window, protected, draw, kept });
+                    let kept = plan.select_on_device(number, count, false)?;
+                    let open = apart.then_some(stretches);
+                    work.jobs.push(Job { layer, window, open, protected, draw, kept });
                 }
             }
         }
@@ -148,6 +204,10 @@ impl OnDevice {
         scores: &[DeviceSlice<f32>],
         scratch: &mut Scratch<'_>,
     ) -> Result<(), PluginError> {
+        // Weights are all the same, whatever the scores.
+        if !importance.reads_keys() {
+            return Ok(());
+        }
         let (device, stream) = (&self.device, call.cuda_stream()?);
         let keys = jobs.iter().map(|job| job.layer.k_device()).collect::<Result<Vec<_>, _>>()?;
         let each = || keys.iter().zip(jobs).zip(scores);
@@ -176,11 +236,32 @@ impl OnDevice {
                 let scratch = scratch.take(window_attention::scratch_bytes(&items)?)?;
                 window_attention(device, stream, &items, pool as usize, scratch)?;
             }
-            // Weights are all the same, whatever the scores.
             Importance::Uniform => {}
         }
         Ok(())
     }
+}
+
+/// The rows that may be dropped, the same for all heads.
+///
+/// # Errors
+/// [`Kept`] where only the device knows them, or they are more stretches than the kernels take.
+fn open_stretches(
+    settings: &Settings,
+    kinds: &Kinds,
+    sequence: &SequenceView<'_>,
+    layer: &LayerView<'_>,
+) -> Result<Arc<[Range<usize>]>, Kept> {
+    let (number, length) = (layer.index(), layer.length());
+    if !kinds.is_all() && layer.appended() < length {
+        return Err(Kept::KindsOnDevice { layer: number, compressed: settings.compressed.word() });
+    }
+    let stretches = kinds.of_adjacent(length, sequence.next_position());
+    if stretches.len() > MOST_STRETCHES {
+        let text = format!("layer {number}: {} stretches of one kind; at most {MOST_STRETCHES}", stretches.len());
+        return Err(PluginError::Unsupported(text).into());
+    }
+    Ok(stretches.into())
 }
 
 /// Bytes of working memory that a score takes for each entry, about.

@@ -1,9 +1,10 @@
 //! Plans for the sequences of one call.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use kvhook_abi::raw::KvhRange;
-use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Request, Requests, SequenceView};
+use kvhook_abi::tasks::Tasks;
+use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Requests, SequenceView};
 use kvhook_kernels::parallel;
 use kvhook_kernels::sample::Draw;
 use kvhook_kernels::window_attention::WindowQueries;
@@ -13,7 +14,7 @@ use crate::choose::{self, ByScore};
 use crate::config::{History, Settings};
 use crate::error::Kept;
 use crate::importance::{self, Importance};
-use crate::kinds::{Compressed, Kinds};
+use crate::kinds::Kinds;
 use crate::window::Windows;
 
 /// All that plans are made from.
@@ -38,6 +39,13 @@ pub struct Wished<'a> {
     pub wish: Wish,
 }
 
+impl Wished<'_> {
+    /// Rows that are kept.
+    pub fn count(&self) -> usize {
+        self.keep + self.open.whole as usize
+    }
+}
+
 /// Which rows of a layer are kept.
 pub enum Wish {
     /// All.
@@ -52,8 +60,6 @@ pub enum Wish {
 
 /// The choice of one head's rows, which may run on any thread.
 struct Task<'a> {
-    /// Its sequence in the call.
-    sequence: usize,
     layer: LayerView<'a>,
     head: usize,
     how: ByScore,
@@ -137,12 +143,7 @@ impl Settings {
     }
 
     fn whole_rows_missing(&self, layer: usize) -> Kept {
-        let compressed = match self.compressed {
-            Compressed::Text => "text",
-            Compressed::Image => "image",
-            Compressed::All => "both",
-        };
-        Kept::WholeRowsMissing { layer, compressed }
+        Kept::WholeRowsMissing { layer, compressed: self.compressed.word() }
     }
 }
 
@@ -152,39 +153,11 @@ impl Planner<'_> {
     /// # Errors
     /// The host described the call badly.
     pub fn fill(&self, requests: Requests<'_>) -> Result<(), PluginError> {
-        let mut plans = Vec::with_capacity(requests.len());
-        let mut tasks = Vec::new();
-        for request in requests {
-            let Request { sequence, mut plan } = request?;
-            let before = tasks.len();
-            if let Err(kept) = self.lay_out(&sequence, &mut plan, plans.len(), &mut tasks) {
-                tasks.truncate(before);
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-            plans.push(plan);
-        }
-        let work: usize = tasks.iter().map(Task::work).sum();
-        // The first failure of each sequence, by the order of its tasks, whichever thread was faster.
-        let failures: Mutex<Vec<Option<(usize, Kept)>>> = Mutex::new(plans.iter().map(|_| None).collect());
-        let settings = self.settings;
-        parallel::for_each(tasks.into_iter().enumerate().collect(), work, |(order, task): (usize, Task<'_>)| {
-            let sequence = task.sequence;
-            if let Err(kept) = task.run(settings) {
-                let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-                let first = &mut failures[sequence];
-                if first.as_ref().is_none_or(|(earlier, _)| order < *earlier) {
-                    *first = Some((order, kept));
-                }
-            }
-            Ok::<(), PluginError>(())
-        })?;
-        let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for (plan, failure) in plans.iter_mut().zip(failures) {
-            if let Some((_, kept)) = failure {
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-        }
-        Ok(())
+        let tasks =
+            Tasks::lay_out(requests, |sequence, plan, tasks: &mut Vec<Task<'_>>| self.lay_out(sequence, plan, tasks))?;
+        let work = tasks.iter().map(Task::work).sum();
+        let threads = parallel::threads_for(tasks.iter().len(), work);
+        tasks.run(threads, |task| task.run(self.settings))
     }
 
     /// What is to be kept of each layer of a sequence.
@@ -235,7 +208,6 @@ impl Planner<'_> {
         &self,
         sequence: &SequenceView<'a>,
         plan: &mut Plan<'a>,
-        index: usize,
         tasks: &mut Vec<Task<'a>>,
     ) -> Result<(), Kept> {
         let kinds = Arc::new(Kinds::new(self.settings.compressed, sequence.segments(), sequence.next_position()));
@@ -265,7 +237,6 @@ impl Planner<'_> {
                     ByScore::Sample(draw) => ByScore::Sample(Draw { head: draw.head + head as u32, ..draw }),
                 };
                 tasks.push(Task {
-                    sequence: index,
                     layer: *layer,
                     head,
                     how,
@@ -355,18 +326,20 @@ impl Task<'_> {
         let Task { layer, head, importance, keep, out, .. } = self;
         let score = |source| Kept::Score { layer: layer.index(), head, source };
         let (open, whole) = settings.split(&layer, head, &self.kinds, self.open)?;
-        let keys = layer.k()?;
         let length = layer.length();
         let (visible, window) = match &self.queries {
             Some(window) => (window.visible, window.tokens),
             None => (length, 0),
         };
-        let queries = self
-            .queries
-            .as_ref()
-            .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
         let mut scores = vec![0.0; length];
-        importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        if importance.reads_keys() {
+            let keys = layer.k()?;
+            let queries = self
+                .queries
+                .as_ref()
+                .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
+            importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        }
         if let ByScore::Sample(_) = self.how {
             importance::weights(importance, &mut scores);
         }

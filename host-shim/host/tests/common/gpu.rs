@@ -3,7 +3,7 @@
 use core::ffi::c_void;
 use core::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUcontext, CUstream_flags};
@@ -43,6 +43,12 @@ pub fn gpu() -> Option<&'static Gpu> {
         None => println!("skipped: no CUDA device"),
     }
     gpu.as_ref()
+}
+
+/// As [`gpu`], with no other test beside it: what one enqueues may block another's calls, and a capture forbids them.
+pub fn alone() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    gpu().map(|_| TURN.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn here() -> &'static Gpu {
@@ -148,16 +154,55 @@ impl Drop for Blocked {
     }
 }
 
-/// A stream of a context of its own, which is current only while this runs.
-pub fn foreign_stream() -> *mut c_void {
+/// Runs with a context of its own current, which is not the primary one.
+pub fn in_foreign_context<T>(run: impl FnOnce() -> T) -> T {
     let gpu = here();
-    let mut stream = null_mut();
+    let mut context = null_mut();
+    let device = result::device::get(0).unwrap();
+    unsafe { sys::cuCtxCreate_v4(&mut context, null_mut(), 0, device) }.result().unwrap();
+    let done = run();
+    unsafe { result::ctx::set_current(gpu.context) }.unwrap();
+    done
+}
+
+/// A stream of a context of its own.
+pub fn foreign_stream() -> *mut c_void {
+    in_foreign_context(|| {
+        let mut stream = null_mut();
+        unsafe { sys::cuStreamCreate(&mut stream, CUstream_flags::CU_STREAM_NON_BLOCKING as u32) }.result().unwrap();
+        stream.cast()
+    })
+}
+
+/// Work that was captured instead of run.
+pub struct Graph(sys::CUgraphExec);
+
+/// Captures what is enqueued on the stream, and forbids what may not be called by any thread meanwhile.
+pub fn capture<T>(stream: *mut c_void, enqueue: impl FnOnce() -> T) -> (Graph, T) {
+    here();
+    let (mut graph, mut exec) = (null_mut(), null_mut());
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+    unsafe { sys::cuStreamBeginCapture_v2(stream.cast(), mode) }.result().unwrap();
+    let done = enqueue();
     unsafe {
-        let mut context = null_mut();
-        let device = result::device::get(0).unwrap();
-        sys::cuCtxCreate_v4(&mut context, null_mut(), 0, device).result().unwrap();
-        sys::cuStreamCreate(&mut stream, CUstream_flags::CU_STREAM_NON_BLOCKING as u32).result().unwrap();
-        result::ctx::set_current(gpu.context).unwrap();
+        sys::cuStreamEndCapture(stream.cast(), &mut graph).result().unwrap();
+        sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).result().unwrap();
+        sys::cuGraphDestroy(graph).result().unwrap();
     }
-    stream.cast()
+    (Graph(exec), done)
+}
+
+impl Graph {
+    /// Runs it, and waits for it.
+    pub fn replay(&self, stream: *mut c_void) {
+        here();
+        unsafe { sys::cuGraphLaunch(self.0, stream.cast()) }.result().unwrap();
+        sync(stream);
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        unsafe { sys::cuGraphExecDestroy(self.0) }.result().unwrap();
+    }
 }

@@ -24,6 +24,8 @@ use plugin::{Script, Style, chosen, fill, mix, rewritten_tag};
 pub const F32: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 32, lanes: 1 };
 pub const F16: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 16, lanes: 1 };
 pub const BF16: KvhDtype = KvhDtype { code: KVH_DTYPE_BFLOAT, bits: 16, lanes: 1 };
+/// DLPack's `kDLFloat8_e4m3fn`.
+pub const FP8: KvhDtype = KvhDtype { code: 10, bits: 8, lanes: 1 };
 pub const ALL: u64 = 0xff;
 /// Bytes of rows that no sequence holds.
 const UNUSED: u8 = 0xee;
@@ -67,6 +69,9 @@ pub const SMALL: Shape = Shape {
 #[derive(Default)]
 pub struct Watch {
     pub live: AtomicI64,
+    /// Bytes that it holds, and the most that it held.
+    pub bytes: AtomicI64,
+    pub peak: AtomicI64,
     pub made: AtomicI64,
     /// The allocation that is refused, counted from 0; negative: none.
     pub refuse: AtomicI64,
@@ -76,6 +81,8 @@ pub struct Watch {
     pub gpu: bool,
     /// Memory of the device that the host gave back: address and bytes. Its guards are looked at when the work is done.
     pub buried: Mutex<Vec<(usize, usize)>>,
+    /// Memory of the device that is given out once, without a call of the driver's, where there is any: what is left.
+    pub pool: Mutex<std::ops::Range<usize>>,
 }
 
 pub type OnLog = Box<dyn Fn(&str) + Send>;
@@ -92,8 +99,17 @@ unsafe extern "C" fn allocate(
         return null_mut();
     }
     watch.live.fetch_add(1, Ordering::SeqCst);
+    let held = watch.bytes.fetch_add(bytes as i64, Ordering::SeqCst) + bytes as i64;
+    watch.peak.fetch_max(held, Ordering::SeqCst);
     if watch.gpu {
-        return gpu::alloc(bytes as usize, stream);
+        let mut pool = watch.pool.lock().unwrap();
+        if pool.is_empty() {
+            return gpu::alloc(bytes as usize, stream);
+        }
+        let start = pool.start;
+        pool.start += (bytes as usize).next_multiple_of(256);
+        assert!(pool.start < pool.end, "the test's pool is too small");
+        return start as *mut c_void;
     }
     unsafe { alloc(Layout::from_size_align(bytes as usize, alignment as usize).unwrap()).cast() }
 }
@@ -108,7 +124,11 @@ unsafe extern "C" fn free(
 ) {
     let watch = unsafe { &*context.cast::<Watch>() };
     watch.live.fetch_sub(1, Ordering::SeqCst);
+    watch.bytes.fetch_sub(bytes as i64, Ordering::SeqCst);
     if watch.gpu {
+        if !watch.pool.lock().unwrap().is_empty() {
+            return;
+        }
         gpu::poison(data, bytes as usize, stream);
         watch.buried.lock().unwrap().push((data as usize, bytes as usize));
         return;
@@ -163,6 +183,11 @@ pub fn call(function: impl FnOnce(*mut KvhText) -> KvhookStatus) -> Answer<()> {
 
 /// Makes a host for a device, with memory of the engine's or without.
 pub fn create_on(device_type: i32, device_id: i32, memory: bool) -> Answer<()> {
+    create_for(SMALL, KvhDevice { device_type, device_id }, memory)
+}
+
+/// As [`create_on`], of a shape.
+pub fn create_for(shape: Shape, device: KvhDevice, memory: bool) -> Answer<()> {
     let watch = Watch::default();
     let callbacks = KvhookCallbacks {
         struct_size: size_of::<KvhookCallbacks>(),
@@ -173,7 +198,7 @@ pub fn create_on(device_type: i32, device_id: i32, memory: bool) -> Answer<()> {
         free: memory.then_some(free),
     };
     let mut raw = null_mut();
-    let made = create(SMALL, KvhDevice { device_type, device_id }, &callbacks, &mut raw);
+    let made = create(shape, device, &callbacks, &mut raw);
     unsafe { kvhook_host_destroy(raw) };
     made
 }
@@ -266,7 +291,12 @@ impl Engine {
     }
 
     pub fn arm(&self, spec: &ArmSpec) {
-        unsafe { (*self.raw.cast::<Host>()).arm_set_entry(spec, plugin::entry()) }.unwrap();
+        self.try_arm(spec).unwrap();
+    }
+
+    pub fn try_arm(&self, spec: &ArmSpec) -> Answer<()> {
+        let set = unsafe { (*self.raw.cast::<Host>()).arm_set_entry(spec, plugin::entry()) };
+        set.map_err(|error| (error.status(), error.to_string()))
     }
 
     pub fn begin_on(&self, arm: &str, key: &str, prompt_length: u64) -> Answer<KvhookSequence> {
@@ -349,27 +379,34 @@ impl Engine {
         fresh: bool,
         shared_rows: u64,
     ) -> Answer<Vec<(u64, i32)>> {
-        self.prepare_with(rank, caches, event, (fresh, shared_rows), self.streams[rank])
+        let stream = self.streams[rank];
+        let placed: Vec<Placed> = caches.iter().map(|cache| Placed::new(cache, rank, false, stream)).collect();
+        let done = self.prepare_placed(rank, caches, &placed, event, (fresh, shared_rows), stream);
+        self.placed.lock().unwrap().extend(placed);
+        done
     }
 
     /// As [`Engine::prepare`], with a stream that is not the rank's.
     pub fn prepare_on(&self, rank: usize, cache: &Cache, event: i32, stream: *mut c_void) -> (u64, i32) {
-        self.prepare_with(rank, &[cache], event, (false, 0), stream).unwrap()[0]
+        let placed = [Placed::new(cache, rank, false, self.streams[rank])];
+        let done = self.prepare_placed(rank, &[cache], &placed, event, (false, 0), stream);
+        self.placed.lock().unwrap().extend(placed);
+        done.unwrap()[0]
     }
 
-    fn prepare_with(
+    /// As [`Engine::prepare_all`], of rows that were placed before.
+    pub fn prepare_placed(
         &self,
         rank: usize,
         caches: &[&Cache],
+        placed: &[Placed],
         event: i32,
         (fresh, shared_rows): (bool, u64),
-        told: *mut c_void,
+        stream: *mut c_void,
     ) -> Answer<Vec<(u64, i32)>> {
-        let stream = self.streams[rank];
-        let placed: Vec<Placed> = caches.iter().map(|cache| Placed::new(cache, rank, false, stream)).collect();
         let mut sequences: Vec<_> = caches
             .iter()
-            .zip(&placed)
+            .zip(placed)
             .map(|(cache, placed)| KvhookPrepareSequence {
                 struct_size: size_of::<KvhookPrepareSequence>(),
                 uid: cache.uid,
@@ -385,9 +422,7 @@ impl Engine {
             })
             .collect();
         let elements = array_mut(&mut sequences);
-        let done = call(|error| unsafe { kvhook_prepare(self.raw, rank as u32, elements, told, error) });
-        self.placed.lock().unwrap().extend(placed);
-        done?;
+        call(|error| unsafe { kvhook_prepare(self.raw, rank as u32, elements, stream, error) })?;
         Ok(sequences.iter().map(|sequence| (sequence.ticket, sequence.reason)).collect())
     }
 
@@ -462,24 +497,37 @@ impl Engine {
         let stream = self.streams[rank];
         let placed = Placed::new(cache, rank, false, stream);
         let fresh = fresh.map(|fresh| Placed::new(fresh, rank, true, stream));
-        let mut lengths = vec![0u64; self.shape.layers];
-        let mut commit = KvhookCommit {
-            struct_size: size_of::<KvhookCommit>(),
-            ticket,
-            layers: array(&placed.layers),
-            fresh: array(fresh.as_ref().map_or(&[][..], |fresh| &fresh.layers)),
-            next_position: cache.next_position,
-            stream: told,
-            lengths: array_mut(&mut lengths),
-            new_next_position: 0,
-        };
-        let done = call(|error| unsafe { kvhook_commit(self.raw, rank as u32, &mut commit, error) });
+        let done = self.commit_placed(rank, cache, ticket, &placed, fresh.as_ref(), told);
         if self.shape.gpu {
             gpu::sync(stream);
             placed.read_back();
             fresh.iter().for_each(Placed::read_back);
         }
-        done?;
+        done
+    }
+
+    /// As [`Engine::commit_rank`], of rows that were placed before and are read back by the caller: it waits for nothing.
+    pub fn commit_placed(
+        &self,
+        rank: usize,
+        cache: &Cache,
+        ticket: u64,
+        placed: &Placed,
+        fresh: Option<&Placed>,
+        stream: *mut c_void,
+    ) -> Answer<(Vec<u64>, u64)> {
+        let mut lengths = vec![0u64; self.shape.layers];
+        let mut commit = KvhookCommit {
+            struct_size: size_of::<KvhookCommit>(),
+            ticket,
+            layers: array(&placed.layers),
+            fresh: array(fresh.map_or(&[][..], |fresh| &fresh.layers)),
+            next_position: cache.next_position,
+            stream,
+            lengths: array_mut(&mut lengths),
+            new_next_position: 0,
+        };
+        call(|error| unsafe { kvhook_commit(self.raw, rank as u32, &mut commit, error) })?;
         Ok((lengths, commit.new_next_position))
     }
 
@@ -668,7 +716,7 @@ impl Drop for Engine {
 }
 
 /// A rank's layers where its device finds them: the cache's own bytes, or a copy of them on the GPU.
-struct Placed {
+pub struct Placed {
     layers: Vec<KvhLayer>,
     /// On the GPU: the copy, what it is a copy of, and its bytes.
     copies: Vec<(*mut c_void, *mut u8, usize)>,
@@ -678,7 +726,7 @@ unsafe impl Send for Placed {}
 
 impl Placed {
     /// `room`: all rows, as fresh ones.
-    fn new(cache: &Cache, rank: usize, room: bool, stream: *mut c_void) -> Self {
+    pub fn new(cache: &Cache, rank: usize, room: bool, stream: *mut c_void) -> Self {
         let mut placed = Self { layers: if room { cache.room(rank) } else { cache.layers(rank) }, copies: Vec::new() };
         if cache.shape.gpu {
             for (layer, store) in placed.layers.iter_mut().zip(&cache.stores[rank]) {
@@ -702,8 +750,16 @@ impl Placed {
         placed
     }
 
+    /// Writes the rows of another cache of the same shape over the copies.
+    pub fn write(&self, cache: &Cache, rank: usize, stream: *mut c_void) {
+        let content = cache.stores[rank].iter().flat_map(|store| [&store.k, &store.v]);
+        for (&(copy, ..), bytes) in self.copies.iter().filter(|copy| !copy.1.is_null()).zip(content) {
+            gpu::put(copy.cast(), bytes, stream);
+        }
+    }
+
     /// Copies what the GPU holds back into the cache. The stream is done.
-    fn read_back(&self) {
+    pub fn read_back(&self) {
         for &(copy, original, length) in self.copies.iter().filter(|copy| !copy.1.is_null()) {
             // What is a vector's content is written behind its back, as the host does on the CPU.
             unsafe { original.copy_from_nonoverlapping(gpu::get(copy.cast(), length).as_ptr(), length) };
@@ -792,6 +848,19 @@ impl Cache {
             (_, false) => (store.table[token / size] as usize * heads + head) * size + token % size,
         };
         index * row
+    }
+
+    /// K and V of the first tokens of every head.
+    pub fn first_rows(&self, count: usize) -> Vec<Vec<u8>> {
+        let mut rows = Vec::new();
+        for store in self.stores.iter().flatten() {
+            for (data, dim) in [(&store.k, self.shape.k_dim), (&store.v, self.shape.v_dim)] {
+                for (head, token) in (0..self.shape.heads).flat_map(|head| (0..count).map(move |token| (head, token))) {
+                    rows.push(data[self.at(store, dim, token, head)..][..self.row_bytes(dim)].to_vec());
+                }
+            }
+        }
+        rows
     }
 
     /// Adds tokens to every layer.

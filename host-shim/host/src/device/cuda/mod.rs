@@ -19,8 +19,10 @@ use crate::plan::{Kept, KeptRows, Plan};
 use crate::raw::*;
 
 mod adopt;
+mod pulse;
 mod words;
 
+use pulse::Pulse;
 pub use words::Word;
 use words::Words;
 

@@ -21,6 +21,7 @@ pub(super) struct Words {
     /// Page-locked; only ever used as atomics.
     words: NonNull<AtomicU64>,
     lists: Mutex<Lists>,
+    pulse: Pulse,
     context: Arc<Context>,
 }
 
@@ -50,8 +51,13 @@ impl Words {
         status.result().map_err(driver("allocating page-locked memory"))?;
         let words = NonNull::new(data.cast())
             .ok_or_else(|| HostError::Device("the driver gave no page-locked memory".to_owned()))?;
+        let pulse = Pulse::new().inspect_err(|_| {
+            // SAFETY: just allocated, and used by nobody.
+            let _ = unsafe { sys::cuMemFreeHost(data) };
+        })?;
         drop(entered);
-        Ok(Self { words, lists: Mutex::new(Lists { free: (0..WORDS).collect(), awaited: Vec::new() }), context })
+        let lists = Mutex::new(Lists { free: (0..WORDS).collect(), awaited: Vec::new() });
+        Ok(Self { words, lists, pulse, context })
     }
 
     /// A word that says `PENDING`.
@@ -76,6 +82,14 @@ impl Words {
         if written { lists.free.push(index) } else { lists.awaited.push(index) }
     }
 
+    /// What the device fails with, if it does: then it writes no word any more.
+    fn fault(&self) -> Option<HostError> {
+        match self.context.enter() {
+            Ok(_entered) => self.pulse.fault(),
+            Err(error) => Some(error),
+        }
+    }
+
     fn at(&self, index: usize) -> &AtomicU64 {
         // SAFETY: `take` gives out indices of words that were allocated; integers take every pattern.
         unsafe { self.words.add(index).as_ref() }
@@ -85,6 +99,7 @@ impl Words {
 impl Drop for Words {
     fn drop(&mut self) {
         let Ok(_entered) = self.context.enter() else { return };
+        self.pulse.end();
         // SAFETY: allocated in `new`, and whoever ends a host has ended the work that writes here.
         let _ = unsafe { sys::cuMemFreeHost(self.words.as_ptr().cast()) };
     }
@@ -137,10 +152,13 @@ impl Word {
         self.block.release_on(stream);
     }
 
-    /// What the device has said.
+    /// What the device has said. A device that will not say it any more has a fault of its own.
     pub fn poll(&self) -> Checked {
         let fault = match Outcome::decode(self.words.at(self.index).load(Ordering::Acquire)) {
-            Outcome::Pending => return Checked::Pending,
+            Outcome::Pending => {
+                let fault = self.words.fault().map(|error| Refusal::new(KVHOOK_REASON_DEVICE, error.to_string()));
+                return fault.map_or(Checked::Pending, Checked::Bad);
+            }
             Outcome::Good => return Checked::Good,
             Outcome::Bad(fault) => fault,
         };
