@@ -74,7 +74,7 @@ def kvpress_methods(layers, keep):
     """kvpress's own presses: score, top-k and gather."""
     presses = import_presses()
     kwargs = {"position_embeddings": layers.rotary}
-    version = importlib.metadata.version("kvpress") if "kvpress" in installed() else "0.5.4"
+    version = importlib.metadata.version("kvpress") if "kvpress" in installed() else "of unknown version"
     for operation, module, name in (
         ("key_norm", "knorm_press", "KnormPress"),
         ("key_diff", "keydiff_press", "KeyDiffPress"),

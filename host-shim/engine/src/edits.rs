@@ -40,7 +40,8 @@ impl Runner {
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Plugin`] where a plugin keeps state for the sequence; [`Error::OutOfBlocks`]
-    /// where a block that both would write cannot be copied. [`Error::RankStopped`].
+    /// where a block that both would write cannot be copied; [`Error::Device`] where another device than the CPU has no
+    /// memory for a copy: then there is no fork. [`Error::RankStopped`].
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
         let tails = self.tails(id, 0, |_| true)?;
         let fork = SequenceId::unused();
@@ -65,9 +66,19 @@ impl Runner {
         let copied = self.ranks().run(move |rank| match &mut rank.cache {
             RankCache::Contiguous(cache) => cache.fork(id, fork),
             RankCache::Paged(_) => Ok(()),
-        })?;
-        copied.into_iter().collect::<Result<()>>()?;
-        tails.take_over(self, fork)?;
+        });
+        let copied = match copied.and_then(|copied| copied.into_iter().collect::<Result<()>>()) {
+            Ok(()) => tails.take_over(self, fork),
+            Err(error) => {
+                tails.give_back(self);
+                Err(error)
+            }
+        };
+        if let Err(error) = copied {
+            // The cause is told, not what may follow from it.
+            let _ = self.free(fork);
+            return Err(error);
+        }
         Ok(fork)
     }
 
@@ -193,7 +204,7 @@ impl Tails {
         }
     }
 
-    /// Copies the rows on every rank and puts the copies into the tables.
+    /// Copies the rows on every rank and puts the copies into the tables. On an error they are given back.
     fn take_over(self, runner: &mut Runner, id: SequenceId) -> Result<()> {
         let copies = self.copies.clone();
         let copied = runner.ranks().run(move |rank| match &mut rank.cache {
@@ -201,8 +212,11 @@ impl Tails {
                 copies.iter().try_for_each(|&(layer, _, from, to)| cache.copy_block(layer, from, to))
             }
             RankCache::Contiguous(_) => Ok(()),
-        })?;
-        copied.into_iter().collect::<Result<()>>()?;
+        });
+        if let Err(error) = copied.and_then(|copied| copied.into_iter().collect::<Result<()>>()) {
+            self.give_back(runner);
+            return Err(error);
+        }
         let (pool, sequence) = runner.parts_mut(id)?;
         let Some(pool) = pool else { return Ok(()) };
         for (layer, blocks) in self.released {

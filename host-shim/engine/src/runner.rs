@@ -263,7 +263,7 @@ impl Runner {
     /// Before anything is written: [`Error::Empty`], [`Error::DuplicateSequence`], [`Error::UnknownSequence`],
     /// [`Error::UnknownToken`], [`Error::ContextFull`], [`Error::OutOfBlocks`], [`Error::SharedBlock`].
     /// Then only [`Error::RankStopped`], [`Error::Device`] where another device than the CPU fails or has no memory left,
-    /// and [`Error::SplitCommit`] for a defect of the host.
+    /// and [`Error::SplitCommit`] for a defect of the host, or such a device.
     pub fn step(&mut self, work: &[Work<'_>]) -> Result<Vec<Vec<LogitsRow>>> {
         if work.is_empty() {
             return Err(Error::Empty { what: "the step" });

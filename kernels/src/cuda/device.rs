@@ -128,8 +128,12 @@ impl Device {
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
         }
-        result::init().map_err(CudaError::driver("initialising the driver"))?;
-        let count = result::device::get_count().map_err(CudaError::driver("counting devices"))?;
+        let count = match result::init() {
+            // So says a driver without devices.
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+            Err(error) => return Err(CudaError::driver("initialising the driver")(error)),
+            Ok(()) => result::device::get_count().map_err(CudaError::driver("counting devices"))?,
+        };
         if ordinal < 0 || ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }

@@ -87,7 +87,14 @@ fn measure<'a>(
         Operation::TopK => machine.moves(&cache, row, true)?,
         _ => Box::new(Compression::new(machine, engine, &cache, row)?),
     };
-    Ok((machine.measure(&mut *work)?, work.in_plugin()))
+    match machine.measure(&mut *work) {
+        Ok(measured) => Ok((measured, work.in_plugin())),
+        Err(error) => {
+            // The host serves the rows that follow: nothing of this one stays in it. What failed first is told.
+            let _ = work.tear_down();
+            Err(error)
+        }
+    }
 }
 
 fn open(device: BenchDevice) -> Result<Box<dyn Machine>, CliError> {

@@ -64,7 +64,7 @@ fn line(text: &mut String, row: &Measurement) {
     let over = |floor: f64| if floor > 0.0 { format!("{:.2}", device.median / floor) } else { NONE.into() };
     let _ = writeln!(
         text,
-        "{:17}{tokens:>9} {:>5} {:>9.2} {:>17} {:>9.3} {:>9.3} {:>8.2} {:>8.2} {:>6} {:>6} {:>8.1} {:>8}",
+        "{:17}{tokens:>9} {:>5} {:>9.2} {:>17} {:>9.3} {:>9.3} {:>8.2} {:>8.2} {:>6} {:>7} {:>8.1} {:>8}",
         row.operation,
         format!("1/{}", row.keep),
         row.of_layer(device.median),

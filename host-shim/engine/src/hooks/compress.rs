@@ -166,7 +166,13 @@ impl Hooks {
                     continue;
                 }
                 Err(Kept::Because(reason)) => tracked.keeps(reason),
-                Err(Kept::Failed(error)) => self.failed(candidate.id, error),
+                Err(Kept::Failed(error)) => {
+                    // Other ranks may have opened it.
+                    if let Some(ticket) = tickets(&of_ranks, place).next() {
+                        self.plugins.give_up(ticket);
+                    }
+                    self.failed(candidate.id, error);
+                }
             }
             give_back(cache.pool.as_deref_mut(), fresh);
         }
@@ -272,6 +278,11 @@ impl Hooks {
 enum Kept<'a> {
     Because(Reason),
     Failed(&'a Error),
+}
+
+/// The ticket of each rank that has one, for one of the candidates.
+fn tickets(of_ranks: &[Result<Vec<Prepared>>], place: usize) -> impl Iterator<Item = u64> {
+    of_ranks.iter().flatten().filter_map(move |answers| answers[place].ok())
 }
 
 /// The ticket on which all ranks agree for one of the candidates, else why there is none.

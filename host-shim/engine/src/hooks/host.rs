@@ -389,8 +389,17 @@ impl KvPlugins {
 
     /// Drops a ticket because there is no room for its rows.
     pub(super) fn drop_for_room(&self, ticket: u64) -> Result<()> {
+        self.drop_because(ticket, KVH_REASON_NO_ROOM)
+    }
+
+    /// Drops a ticket that a rank of this engine could not work with; nothing where the host has dropped it already.
+    pub(super) fn give_up(&self, ticket: u64) {
+        let _ = self.drop_because(ticket, KVHOOK_REASON_DROPPED);
+    }
+
+    fn drop_because(&self, ticket: u64, reason: KvhookReason) -> Result<()> {
         // SAFETY: the host lives.
-        call("kvhook_drop", |error| unsafe { kvhook_drop(self.host.as_ptr(), ticket, KVH_REASON_NO_ROOM, error) })
+        call("kvhook_drop", |error| unsafe { kvhook_drop(self.host.as_ptr(), ticket, reason, error) })
     }
 
     /// Ordinals of the blocks that each layer's table keeps.

@@ -35,15 +35,18 @@ impl Cuda {
         // SAFETY: the stream is ours, and nothing is captured on it yet.
         let begun =
             unsafe { sys::cuStreamBeginCapture_v2(self.stream, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED) };
-        let called = begun.called("a capture").and_then(|()| call());
+        if let Err(error) = begun.called("a capture") {
+            self.pool.end_capture();
+            return Err(error);
+        }
+        let called = call();
         // SAFETY: the capture began above; the graph is written.
         let ended = unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) };
         self.pool.end_capture();
-        called?;
         if ended.result().is_err() || graph.is_null() {
-            return Ok(None);
+            return called.map(|()| None);
         }
-        let counted = nodes(graph);
+        let counted = called.and_then(|()| nodes(graph));
         // SAFETY: the graph is ours, and is not used any more.
         unsafe { sys::cuGraphDestroy(graph) }.called("the end of a graph")?;
         counted.map(Some)

@@ -34,7 +34,7 @@ fn failed(operation: &'static str) -> impl Fn(CudaError) -> BenchError {
 }
 
 fn slice<T>(memory: &Memory<'_>) -> Result<DeviceSlice<T>, BenchError> {
-    // SAFETY: the memory lives as long as the work, which waits for the device before it goes.
+    // SAFETY: the memory lives as long as the work, and to free it waits for the device.
     unsafe { DeviceSlice::new(memory.address, memory.bytes / size_of::<T>()) }.map_err(failed("lending memory"))
 }
 

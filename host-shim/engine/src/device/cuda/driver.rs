@@ -63,8 +63,12 @@ impl Driver {
             return Err(failed(ordinal, reason.into()));
         }
         let told = |what| told(ordinal, what);
-        result::init().map_err(told("initialising the driver"))?;
-        let count = result::device::get_count().map_err(told("counting devices"))?;
+        let count = match result::init() {
+            // So says a driver without devices.
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+            Err(error) => return Err(told("initialising the driver")(error)),
+            Ok(()) => result::device::get_count().map_err(told("counting devices"))?,
+        };
         if ordinal >= count {
             let reason = format!("the driver has {count} devices, counted from 0; name another one, or use the CPU");
             return Err(failed(ordinal, reason));
@@ -276,13 +280,17 @@ impl Driver {
             Some(place) => place,
             None => {
                 let bytes = bytes.next_power_of_two().max(64 << 10);
+                let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+                    .map_err(self.told("making an event"))?;
                 let mut data = ptr::null_mut();
                 // SAFETY: the address is written during the call; memory and event are given back on drop.
-                unsafe { sys::cuMemHostAlloc(&raw mut data, bytes, 0) }
-                    .result()
-                    .map_err(self.told("allocating page-locked memory"))?;
-                let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-                staging.push(Staging { data, bytes, event: event.map_err(self.told("making an event"))? });
+                let allocated = unsafe { sys::cuMemHostAlloc(&raw mut data, bytes, 0) }.result();
+                if let Err(error) = allocated {
+                    // SAFETY: the event was just made. What went wrong before is told.
+                    let _ = unsafe { result::event::destroy(event) };
+                    return Err(self.told("allocating page-locked memory")(error));
+                }
+                staging.push(Staging { data, bytes, event });
                 staging.len() - 1
             }
         };
