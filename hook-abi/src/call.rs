@@ -3,6 +3,7 @@
 use core::ffi::c_void;
 use core::marker::PhantomData;
 use core::ptr::{self, NonNull};
+use std::sync::{Mutex, PoisonError};
 
 use crate::boundary;
 use crate::error::PluginError;
@@ -138,12 +139,42 @@ pub struct Call<'a> {
     raw: *mut KvhCall,
     stream: *mut c_void,
     on_cpu: bool,
+    ranges: &'a Ranges,
     marker: PhantomData<&'a mut KvhCall>,
 }
 
+/// Ranges that the plans of one call point to: host memory, whatever the device, until the instance is called again.
+#[derive(Default)]
+pub(crate) struct Ranges(Mutex<Vec<Box<[KvhRange]>>>);
+
+impl Ranges {
+    /// Forgets those of the call before.
+    pub(crate) fn clear(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn keep(&self, ranges: &[KvhRange]) -> *const KvhRange {
+        let kept: Box<[KvhRange]> = ranges.into();
+        let address = kept.as_ptr();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(kept);
+        address
+    }
+}
+
 impl<'a> Call<'a> {
-    pub(crate) fn new(host: &'a Host, raw: *mut KvhCall, stream: *mut c_void, on_cpu: bool) -> Self {
-        Self { host, raw, stream, on_cpu, marker: PhantomData }
+    pub(crate) fn new(
+        host: &'a Host,
+        raw: *mut KvhCall,
+        stream: *mut c_void,
+        on_cpu: bool,
+        ranges: &'a Ranges,
+    ) -> Self {
+        Self { host, raw, stream, on_cpu, ranges, marker: PhantomData }
+    }
+
+    /// A copy of ranges that lives until the host has read the call's plans.
+    pub(crate) fn keep_ranges(&self, ranges: &[KvhRange]) -> *const KvhRange {
+        self.ranges.keep(ranges)
     }
 
     /// The engine's stream; null on the CPU. Enqueue here, do not synchronise.

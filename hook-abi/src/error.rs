@@ -34,6 +34,19 @@ pub enum PluginError {
     Internal(String),
 }
 
+/// A fault of the driver's is the device's; what is neither memory nor the arguments is what the kernels do not take.
+#[cfg(feature = "cuda")]
+impl From<kvhook_kernels::cuda::CudaError> for PluginError {
+    fn from(error: kvhook_kernels::cuda::CudaError) -> Self {
+        match error {
+            kvhook_kernels::cuda::CudaError::Driver { .. } => Self::Device(error.to_string()),
+            kvhook_kernels::cuda::CudaError::OutOfMemory { .. } => Self::OutOfMemory(error.to_string()),
+            kvhook_kernels::cuda::CudaError::Kernel(error) => Self::Kernel(error),
+            _ => Self::Unsupported(error.to_string()),
+        }
+    }
+}
+
 impl PluginError {
     /// The status that crosses the boundary.
     pub fn status(&self) -> KvhStatus {

@@ -293,7 +293,8 @@ unsafe fn requests<'a, P>(
 ) -> Result<(Call<'a>, Requests<'a>), PluginError> {
     // SAFETY: passed on from the caller.
     let (args, answer) = unsafe { (boundary::read(args, "args")?, boundary::read(out.cast_const(), "out")?) };
-    let call = Call::new(&instance.host, args.call, args.stream, instance.on_cpu);
+    instance.ranges.clear();
+    let call = Call::new(&instance.host, args.call, args.stream, instance.on_cpu, &instance.ranges);
     // SAFETY: passed on from the caller; the plans are this call's alone.
     let requests = unsafe { Requests::new(call, args.sequences, answer.plans)? };
     Ok((call, requests))
@@ -337,7 +338,7 @@ unsafe extern "C" fn before_attention<P: Plugin>(
     let body = |plugin: &mut P, instance: &Instance<P>| {
         // SAFETY: null or what the contract says, during the call.
         let args = unsafe { boundary::read(args, "args")? };
-        let call = Call::new(&instance.host, args.call, args.stream, instance.on_cpu);
+        let call = Call::new(&instance.host, args.call, args.stream, instance.on_cpu, &instance.ranges);
         // SAFETY: as above.
         let step = unsafe { StepView::new(&args, instance.on_cpu)? };
         plugin.before_attention(&call, &step)

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
 use crate::boundary::write_text;
-use crate::call::Host;
+use crate::call::{Host, Ranges};
 use crate::error::PluginError;
 use crate::log;
 use crate::raw::*;
@@ -25,6 +25,8 @@ pub(crate) struct Instance<P> {
     pub(crate) host: Host,
     /// Whether the cache lies in ordinary memory.
     pub(crate) on_cpu: bool,
+    /// What the plans of the last call point to.
+    pub(crate) ranges: Ranges,
     /// `IDLE`, `BUSY` or `POISONED`. One atomic exchange for each call, where a lock would take two.
     state: AtomicU8,
     plugin: UnsafeCell<P>,
@@ -39,7 +41,7 @@ unsafe impl<P: Send> Sync for Instance<P> {}
 impl<P> Instance<P> {
     pub(crate) fn new(host: Host, on_cpu: bool, plugin: P) -> Self {
         let plugin = UnsafeCell::new(plugin);
-        Self { host, on_cpu, state: AtomicU8::new(IDLE), plugin, panic: OnceLock::new() }
+        Self { host, on_cpu, ranges: Ranges::default(), state: AtomicU8::new(IDLE), plugin, panic: OnceLock::new() }
     }
 
     /// Ends the plugin, in the guard; gives back the host. A panic is logged by the panic hook.

@@ -8,6 +8,9 @@
 //! needed), `bound` and `on_prefill_done`, later `on_grown`, at its end `on_free`; at last it is dropped. Calls on one
 //! instance are serial. A panic becomes a status and the instance is never called again.
 //!
+//! On a CUDA device the same traits hold; what is read there, and what it is read with, the module `cuda` has (behind the
+//! feature of that name).
+//!
 //! A complete plugin (`examples/value_norm.rs`):
 //!
 //! ```ignore
@@ -20,6 +23,8 @@
 pub mod boundary;
 pub mod call;
 pub mod config;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod deep;
 pub mod error;
 pub mod export;
@@ -36,6 +41,7 @@ pub mod plugin;
 pub mod raw;
 pub mod scorer;
 pub mod step;
+pub mod tasks;
 pub mod view;
 
 pub use call::{Call, Host, Memory};

@@ -4,6 +4,8 @@ use crate::boundary::{self, Structs};
 use crate::error::PluginError;
 use crate::offers::LayerKind;
 use crate::raw::*;
+use crate::view;
+use kvhook_kernels::Dtype;
 
 /// What stays the same for one layer of a model, on one rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,6 +84,18 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
+    /// Element type of the cache, for a plugin that reads rows or writes them: to be asked in `create`. One that only says
+    /// which rows are kept works on every cache.
+    ///
+    /// # Errors
+    /// [`PluginError::Unsupported`] for one that the kernels do not read, like those of one byte.
+    pub fn dtype(&self) -> Result<Dtype, PluginError> {
+        view::dtype(self.cache_dtype).ok_or_else(|| {
+            let found = view::dtype_name(self.cache_dtype);
+            PluginError::Unsupported(format!("the cache is {found}; values are read of f32, f16 and bf16"))
+        })
+    }
+
     /// Copies the host's description.
     ///
     /// # Errors

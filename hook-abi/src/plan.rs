@@ -3,6 +3,8 @@
 use core::ffi::c_void;
 
 use kvhook_kernels::Rows;
+#[cfg(feature = "cuda")]
+use kvhook_kernels::cuda::{self, DeviceSlice};
 
 use crate::boundary::{self, Growing, Slots, Structs};
 use crate::call::{Call, Element, Memory};
@@ -78,6 +80,9 @@ pub struct Plan<'a> {
     raw: *mut KvhPlan,
     layers: Slots,
     sequence: SequenceView<'a>,
+    /// Memory on the device for the lists that come.
+    #[cfg(feature = "cuda")]
+    reserved: DeviceSlice<u32>,
 }
 
 impl<'a> Plan<'a> {
@@ -92,7 +97,15 @@ impl<'a> Plan<'a> {
                 sequence.layer_count()
             )));
         }
-        Ok(Self { call, index, raw, layers, sequence })
+        Ok(Self {
+            call,
+            index,
+            raw,
+            layers,
+            sequence,
+            #[cfg(feature = "cuda")]
+            reserved: DeviceSlice::empty(),
+        })
     }
 
     /// Index of the sequence in the call.
@@ -118,7 +131,7 @@ impl<'a> Plan<'a> {
     /// Keeps some rows of `layer`, the same for all heads, as ascending ranges.
     ///
     /// # Errors
-    /// [`PluginError::Internal`] when the ranges are not ascending inside the layer; what the host's memory answers.
+    /// [`PluginError::Internal`] when the ranges are not ascending inside the layer.
     pub fn select_ranges(&mut self, layer: usize, ranges: &[KvhRange]) -> Result<(), PluginError> {
         let length = self.layer(layer)?.length() as u64;
         let mut end = 0;
@@ -134,12 +147,11 @@ impl<'a> Plan<'a> {
             end = stop;
             count += range.length;
         }
-        // Ranges stand in host memory whatever the device, so ticket memory does only on the CPU.
-        let lent = self.lend_copy(ranges)?;
+        let kept = self.call.keep_ranges(ranges);
         self.change_layer(layer, |plan| {
             plan.count = count as u32;
             plan.range_count = ranges.len() as u32;
-            plan.ranges = lent.as_ptr();
+            plan.ranges = kept;
         })?;
         self.set_kind(KVH_PLAN_SELECT)
     }
@@ -212,14 +224,23 @@ impl<'a> Plan<'a> {
     pub fn rewrite(&mut self, layer: usize, count: usize, shared: bool) -> Result<&'a mut [u32], PluginError> {
         let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
         let lent = self.ticket(heads * count)?;
-        let positions = lent.as_ptr();
+        self.set_positions(layer, count, if shared { 0 } else { count }, lent.as_ptr())?;
+        Ok(lent)
+    }
+
+    fn set_positions(
+        &mut self,
+        layer: usize,
+        count: usize,
+        stride_head: usize,
+        positions: *const u32,
+    ) -> Result<(), PluginError> {
         self.change_layer(layer, |plan| {
             plan.count = count as u32;
             plan.positions = positions;
-            plan.position_stride_head = if shared { 0 } else { count as i64 };
+            plan.position_stride_head = stride_head as i64;
         })?;
-        self.set_kind(KVH_PLAN_REWRITE)?;
-        Ok(lent)
+        self.set_kind(KVH_PLAN_REWRITE)
     }
 
     /// Says that the keys were rotated for new positions and which the next token gets.
@@ -303,6 +324,89 @@ fn change_at<T: Growing>(at: *mut T, name: &str, change: impl FnOnce(&mut T)) ->
 
 /// Rows that the host lent for one layer of a rewrite. They are the plugin's alone until the plan is committed.
 pub struct LentLayer<'a>(LayerView<'a>);
+
+#[cfg(feature = "cuda")]
+impl Plan<'_> {
+    /// Takes the memory of all lists that come, of so many indices or positions each (of all heads), at once: the engine is
+    /// asked for it once, not for each layer.
+    ///
+    /// # Errors
+    /// What the host's memory answers.
+    pub fn reserve_on_device(&mut self, lists: impl Iterator<Item = usize>) -> Result<(), PluginError> {
+        let total = lists.map(aligned).fold(0, usize::saturating_add);
+        if total > 0 {
+            self.reserved = self.call.device_memory(Memory::Ticket(self.index), total)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::select`], on a CUDA device: gives the memory `[kv_heads, count]` (`shared`: `[count]`) for the indices,
+    /// which work enqueued during the call fills.
+    ///
+    /// # Errors
+    /// What the host's memory answers.
+    pub fn select_on_device(
+        &mut self,
+        layer: usize,
+        count: usize,
+        shared: bool,
+    ) -> Result<DeviceSlice<u32>, PluginError> {
+        let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
+        let lent = self.list_on_device(heads * count)?;
+        self.set_indices(layer, count, if shared { 0 } else { count }, lent.address() as *const u32)?;
+        Ok(lent)
+    }
+
+    /// As [`Self::rewrite`], on a CUDA device: work enqueued during the call fills the positions.
+    ///
+    /// # Errors
+    /// What the host's memory answers.
+    pub fn rewrite_on_device(
+        &mut self,
+        layer: usize,
+        count: usize,
+        shared: bool,
+    ) -> Result<DeviceSlice<u32>, PluginError> {
+        let heads = if shared { 1 } else { self.layer(layer)?.kv_heads() };
+        let lent = self.list_on_device(heads * count)?;
+        self.set_positions(layer, count, if shared { 0 } else { count }, lent.address() as *const u32)?;
+        Ok(lent)
+    }
+
+    fn list_on_device(&mut self, count: usize) -> Result<DeviceSlice<u32>, PluginError> {
+        let reserved = self.reserved;
+        if count > reserved.len() {
+            return self.call.device_memory(Memory::Ticket(self.index), count);
+        }
+        self.reserved = reserved.part(aligned(count).min(reserved.len())..reserved.len())?;
+        Ok(reserved.part(0..count)?)
+    }
+}
+
+/// Numbers that a list of `count` takes of reserved memory: each begins at a multiple of 256 bytes.
+#[cfg(feature = "cuda")]
+fn aligned(count: usize) -> usize {
+    count.next_multiple_of(cuda::memory::SCRATCH_ALIGNMENT as usize / size_of::<u32>())
+}
+
+#[cfg(feature = "cuda")]
+impl LentLayer<'_> {
+    /// K rows on a CUDA device, to be written by work enqueued during the call.
+    ///
+    /// # Errors
+    /// As [`LayerView::k_device`].
+    pub fn k_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.0.k_device()
+    }
+
+    /// V rows on a CUDA device, as [`Self::k_device`].
+    ///
+    /// # Errors
+    /// As [`LayerView::k_device`].
+    pub fn v_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.0.v_device()
+    }
+}
 
 impl LentLayer<'_> {
     /// Rows that were lent.

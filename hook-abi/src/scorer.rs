@@ -11,6 +11,8 @@ use kvhook_kernels::{Rows, parallel};
 
 use crate::call::Call;
 use crate::config::{Config, ConfigError, Key, Values};
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, OnDevice};
 use crate::error::PluginError;
 use crate::model::LayerInfo;
 use crate::offers::{Can, FreeReason, Hooks, Needs, Phases, Reason};
@@ -48,6 +50,34 @@ pub trait Scorer: Sized + Send + Sync + 'static {
     /// # Errors
     /// The sequence is kept; others of the same call are not touched by it.
     fn score(&self, layer: &LayerView<'_>, head: usize, scores: &mut [f32]) -> Result<(), PluginError>;
+
+    /// Whether [`Self::score_on_device`] is implemented. Else a cache on a device is refused at `create`.
+    #[cfg(feature = "cuda")]
+    const ON_DEVICE: bool = false;
+
+    /// Bytes of working memory that [`Self::score_on_device`] takes for each entry, about.
+    #[cfg(feature = "cuda")]
+    fn working_bytes(&self) -> usize {
+        0
+    }
+
+    /// Enqueues the scores of all heads of some layers: `scores[i]`, `[kv_heads, length]`, of job `i`. As
+    /// [`Self::score`] gives them, but for a NaN, which keeps that sequence when the host checks its plan.
+    ///
+    /// # Errors
+    /// Every sequence of the call is kept.
+    #[cfg(feature = "cuda")]
+    fn score_on_device(
+        &self,
+        device: &cuda::Device,
+        call: &Call<'_>,
+        jobs: &[cuda::Job<'_>],
+        scores: &[cuda::DeviceSlice<f32>],
+        scratch: &mut cuda::Scratch<'_>,
+    ) -> Result<(), PluginError> {
+        let _ = (device, call, jobs, scores, scratch);
+        Err(PluginError::Unsupported(format!("{} has no scores on a device", Self::ID)))
+    }
 }
 
 /// Makes a shared library of a [`Scorer`](crate::Scorer). As [`export_plugin!`](crate::export_plugin).
@@ -113,13 +143,16 @@ impl<C: Config> Config for Combined<C> {
 
 /// The plugin that a [`Scorer`] becomes.
 pub struct Scored<S> {
-    scorer: S,
+    pub(crate) scorer: S,
     config: BaseConfig,
-    protected: Protected,
+    pub(crate) protected: Protected,
     layers: Vec<LayerInfo>,
-    window: usize,
+    pub(crate) window: usize,
     /// The last queries of each sequence, by uid, then by layer.
     queries: HashMap<u64, Vec<Window>>,
+    /// For a cache on a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) on_device: Option<OnDevice>,
 }
 
 impl<S: Scorer> Plugin for Scored<S> {
@@ -133,20 +166,44 @@ impl<S: Scorer> Plugin for Scored<S> {
     const MAY_NEED: Can = if S::MAY_ASK_QUERIES { Can::GROWN.and(Can::QUERIES).and(Can::STATE) } else { Can::GROWN };
 
     fn create(context: &CreateContext<'_>, config: Self::Config) -> Result<Self, PluginError> {
-        if !context.model.on_cpu() {
+        #[cfg(feature = "cuda")]
+        let can = S::ON_DEVICE;
+        #[cfg(not(feature = "cuda"))]
+        let can = false;
+        if !context.model.on_cpu() && !can {
             return Err(PluginError::Unsupported(format!(
-                "scorers read ordinary memory; the cache lies on a device of type {}",
+                "this scorer reads ordinary memory; the cache lies on a device of type {}",
                 context.model.device_type
             )));
         }
+        context.model.dtype()?;
         let scorer = S::create(context, config.own)?;
         let window = scorer.window_queries() as usize;
+        #[cfg(feature = "cuda")]
+        let on_device = match context.model.on_cpu() {
+            true => None,
+            false if config.base.segments != Compressed::Both => {
+                let allowed = "both on a device: positions of rows are not read there";
+                let word = if config.base.segments == Compressed::Text { "text" } else { "image" };
+                return Err(ConfigError::bad_value("segments", word, allowed).into());
+            }
+            false => Some(OnDevice::open(context, window)?),
+        };
         let protected = Protected {
             sinks: config.base.sinks.try_into().unwrap_or(usize::MAX),
             recent: usize::try_from(config.base.recent).unwrap_or(usize::MAX).max(window),
         };
         let layers = context.model.layers.clone();
-        Ok(Self { scorer, config: config.base, protected, layers, window, queries: HashMap::new() })
+        Ok(Self {
+            scorer,
+            config: config.base,
+            protected,
+            layers,
+            window,
+            queries: HashMap::new(),
+            #[cfg(feature = "cuda")]
+            on_device,
+        })
     }
 
     fn needs(&self) -> Needs {
@@ -202,6 +259,10 @@ impl<S: Scorer> Plugin for Scored<S> {
     }
 
     fn on_prefill_done(&mut self, _call: &Call<'_>, mut requests: Requests<'_>) -> Result<(), PluginError> {
+        #[cfg(feature = "cuda")]
+        if self.on_device.is_some() {
+            return self.plan_on_device(_call, requests);
+        }
         requests.try_for_each(|request| {
             let Request { sequence, mut plan } = request?;
             // A failure keeps its own sequence only: a plan may not depend on what else is in the call.
@@ -219,6 +280,10 @@ impl<S: Scorer> Plugin for Scored<S> {
         if self.window == 0 {
             return Ok(());
         }
+        #[cfg(feature = "cuda")]
+        if let Some(on_device) = &mut self.on_device {
+            return on_device.windows.see(&on_device.device, _call, step);
+        }
         let q = step.q()?;
         for sequence in step.sequences() {
             let sequence = sequence?;
@@ -235,6 +300,10 @@ impl<S: Scorer> Plugin for Scored<S> {
 
     fn on_free(&mut self, uid: u64, _reason: FreeReason) -> Result<(), PluginError> {
         self.queries.remove(&uid);
+        #[cfg(feature = "cuda")]
+        if let Some(on_device) = &mut self.on_device {
+            on_device.windows.forget(uid);
+        }
         Ok(())
     }
 }
@@ -265,9 +334,13 @@ impl<S: Scorer> Scored<S> {
         }
     }
 
-    fn plan(&self, sequence: &SequenceView<'_>, plan: &mut Plan<'_>) -> Result<(), PluginError> {
+    /// The layers with the entries that each keeps; the reason where nothing is to be done.
+    pub(crate) fn counts<'a>(
+        &self,
+        sequence: &SequenceView<'a>,
+    ) -> Result<Result<Vec<(LayerView<'a>, usize)>, Reason>, PluginError> {
         if sequence.next_position() < self.config.min_tokens {
-            return plan.keep(Reason::TooShort, "");
+            return Ok(Err(Reason::TooShort));
         }
         let spared = self.spared(sequence.segments(), sequence.next_position());
         let mut layers = Vec::new();
@@ -277,9 +350,15 @@ impl<S: Scorer> Scored<S> {
             let count = if layer.is_planned() { self.count(length, sequence.next_position(), spared) } else { length };
             layers.push((layer, count as usize));
         }
-        if layers.iter().all(|(layer, count)| *count == layer.length()) {
-            return plan.keep(Reason::NoGain, "");
-        }
+        let all = layers.iter().all(|(layer, count)| *count == layer.length());
+        Ok(if all { Err(Reason::NoGain) } else { Ok(layers) })
+    }
+
+    fn plan(&self, sequence: &SequenceView<'_>, plan: &mut Plan<'_>) -> Result<(), PluginError> {
+        let layers = match self.counts(sequence)? {
+            Ok(layers) => layers,
+            Err(reason) => return plan.keep(reason, ""),
+        };
         let mut heads = Vec::new();
         let mut bytes = 0;
         for (layer, count) in &layers {

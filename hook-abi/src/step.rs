@@ -1,5 +1,7 @@
 //! What `before_attention` shows: one layer of one step of a batch.
 
+#[cfg(feature = "cuda")]
+use kvhook_kernels::cuda;
 use kvhook_kernels::{Dtype, Layout, Rows};
 
 use crate::boundary::{self, Structs};
@@ -101,45 +103,87 @@ impl<'a> StepView<'a> {
         (0..this.len()).map(move |index| this.sequence(index))
     }
 
-    fn tensor(&self, name: &str, tensor: *const KvhTensor) -> Result<Rows, PluginError> {
-        let invalid = |why: String| PluginError::InvalidArgument(format!("`{name}` {why}"));
-        if tensor.is_null() {
-            return Err(invalid("is null".into()));
-        }
-        // SAFETY: not null, so the contract says that it points to a tensor, during the call.
-        let tensor = unsafe { &*tensor };
-        if tensor.ndim != 3 || tensor.shape.is_null() || tensor.strides.is_null() {
-            return Err(invalid(format!("has {} axes; expected [tokens, heads, head_dim] with strides", tensor.ndim)));
-        }
-        if tensor.device.device_type != KVH_DEVICE_CPU {
-            return Err(PluginError::Unsupported(format!(
-                "`{name}` lies on a device of type {}; this accessor reads ordinary memory",
-                tensor.device.device_type
-            )));
-        }
-        // SAFETY: three axes, so three sizes and three strides.
-        let (shape, strides) = unsafe { (*tensor.shape.cast::<[i64; 3]>(), *tensor.strides.cast::<[i64; 3]>()) };
-        let dtype: Dtype = dtype(tensor.dtype)
-            .ok_or_else(|| PluginError::Unsupported(format!("`{name}` has dtype {}", dtype_name(tensor.dtype))))?;
-        let size = |axis: usize| {
-            usize::try_from(shape[axis]).map_err(|_| invalid(format!("has size {} on axis {axis}", shape[axis])))
-        };
-        let bytes = |axis: usize| strides[axis] as isize * dtype.size() as isize;
-        let layout = Layout {
-            dtype,
-            head_dim: size(2)?,
-            kv_heads: size(1)?,
-            capacity: size(0)?,
-            stride_element: bytes(2),
-            stride_block: 0,
-            stride_token: bytes(0),
-            stride_head: bytes(1),
-            block_size: 0,
-        };
-        let base = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
-        // SAFETY: the contract makes every element of the tensor readable during the call.
-        unsafe { Rows::new(base, layout, None) }.map_err(|error| invalid(format!("is refused: {error}")))
+    /// Queries on a CUDA device, as [`Self::q`]: for work that is enqueued during the call.
+    ///
+    /// # Errors
+    /// [`PluginError::Unsupported`] when the tensor lies in ordinary memory or has a dtype that the CUDA kernels do not
+    /// read; [`PluginError::InvalidArgument`] when it is null or has not three axes.
+    #[cfg(feature = "cuda")]
+    pub fn q_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.device_tensor("args.q", self.q)
     }
+
+    /// New keys on a CUDA device. As [`Self::q_device`].
+    ///
+    /// # Errors
+    /// As [`Self::q_device`].
+    #[cfg(feature = "cuda")]
+    pub fn k_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.device_tensor("args.k", self.k)
+    }
+
+    /// New values on a CUDA device. As [`Self::q_device`].
+    ///
+    /// # Errors
+    /// As [`Self::q_device`].
+    #[cfg(feature = "cuda")]
+    pub fn v_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.device_tensor("args.v", self.v)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device_tensor(&self, name: &str, tensor: *const KvhTensor) -> Result<cuda::Rows, PluginError> {
+        let (base, layout) = describe(name, tensor, KVH_DEVICE_CUDA)?;
+        // SAFETY: the contract makes every element of the tensor readable for work enqueued during the call.
+        unsafe { cuda::Rows::new(base as u64, layout, None) }
+            .map_err(|error| PluginError::InvalidArgument(format!("`{name}` is refused: {error}")))
+    }
+
+    fn tensor(&self, name: &str, tensor: *const KvhTensor) -> Result<Rows, PluginError> {
+        let (base, layout) = describe(name, tensor, KVH_DEVICE_CPU)?;
+        // SAFETY: the contract makes every element of the tensor readable during the call.
+        unsafe { Rows::new(base, layout, None) }
+            .map_err(|error| PluginError::InvalidArgument(format!("`{name}` is refused: {error}")))
+    }
+}
+
+/// Address and layout of a tensor on a device of the wanted type.
+fn describe(name: &str, tensor: *const KvhTensor, device_type: i32) -> Result<(*mut u8, Layout), PluginError> {
+    let invalid = |why: String| PluginError::InvalidArgument(format!("`{name}` {why}"));
+    if tensor.is_null() {
+        return Err(invalid("is null".into()));
+    }
+    // SAFETY: not null, so the contract says that it points to a tensor, during the call.
+    let tensor = unsafe { &*tensor };
+    if tensor.ndim != 3 || tensor.shape.is_null() || tensor.strides.is_null() {
+        return Err(invalid(format!("has {} axes; expected [tokens, heads, head_dim] with strides", tensor.ndim)));
+    }
+    if tensor.device.device_type != device_type {
+        return Err(PluginError::Unsupported(format!(
+            "`{name}` lies on a device of type {}; this accessor reads one of type {device_type} (1: ordinary memory)",
+            tensor.device.device_type
+        )));
+    }
+    // SAFETY: three axes, so three sizes and three strides.
+    let (shape, strides) = unsafe { (*tensor.shape.cast::<[i64; 3]>(), *tensor.strides.cast::<[i64; 3]>()) };
+    let dtype: Dtype = dtype(tensor.dtype)
+        .ok_or_else(|| PluginError::Unsupported(format!("`{name}` has dtype {}", dtype_name(tensor.dtype))))?;
+    let size = |axis: usize| {
+        usize::try_from(shape[axis]).map_err(|_| invalid(format!("has size {} on axis {axis}", shape[axis])))
+    };
+    let bytes = |axis: usize| strides[axis] as isize * dtype.size() as isize;
+    let layout = Layout {
+        dtype,
+        head_dim: size(2)?,
+        kv_heads: size(1)?,
+        capacity: size(0)?,
+        stride_element: bytes(2),
+        stride_block: 0,
+        stride_token: bytes(0),
+        stride_head: bytes(1),
+        block_size: 0,
+    };
+    Ok((tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize), layout))
 }
 
 /// One sequence's part of a step.

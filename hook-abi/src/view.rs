@@ -2,6 +2,8 @@
 
 use core::marker::PhantomData;
 
+#[cfg(feature = "cuda")]
+use kvhook_kernels::cuda;
 use kvhook_kernels::{BlockTable, Dtype, IndexKind, Layout, Rows};
 
 use crate::boundary::{Structs, Values};
@@ -287,10 +289,23 @@ impl<'a> LayerView<'a> {
     }
 
     fn rows(&self, what: &str, raw: &KvhRows) -> Result<Rows, PluginError> {
-        let refuse = |why: String| PluginError::Unsupported(format!("layer {}, {what}: {why}", self.index()));
         if !self.on_cpu {
-            return Err(refuse("the rows lie on a device; this accessor reads ordinary memory".into()));
+            let why = "the rows lie on a device; this accessor reads ordinary memory".into();
+            return Err(self.refuse(what, why));
         }
+        let (layout, table) = self.describe(what, raw)?;
+        // SAFETY: the contract makes `length` rows of each head, and the table behind them, readable during the
+        // call, and nobody writes them meanwhile.
+        unsafe { Rows::new(raw.base.cast(), layout, table) }.map_err(|error| self.refuse(what, error.to_string()))
+    }
+
+    fn refuse(&self, what: &str, why: String) -> PluginError {
+        PluginError::Unsupported(format!("layer {}, {what}: {why}", self.index()))
+    }
+
+    /// Layout and block table of K or V, as the kernels name them.
+    fn describe(&self, what: &str, raw: &KvhRows) -> Result<(Layout, Option<BlockTable>), PluginError> {
+        let refuse = |why: String| self.refuse(what, why);
         if raw.base.is_null() && self.raw.length > 0 {
             return Err(refuse("there are no rows".into()));
         }
@@ -317,9 +332,65 @@ impl<'a> LayerView<'a> {
                 blocks: self.raw.table.count as usize,
             })
         };
-        // SAFETY: the contract makes `length` rows of each head, and the table behind them, readable during the
-        // call, and nobody writes them meanwhile.
-        unsafe { Rows::new(raw.base.cast(), layout, table) }.map_err(|error| refuse(error.to_string()))
+        Ok((layout, table))
+    }
+
+    /// K rows on a CUDA device, as [`Self::k`]: for work that is enqueued during the call.
+    ///
+    /// # Errors
+    /// [`PluginError::Unsupported`] when there are no such rows, they lie in ordinary memory, or their dtype or layout
+    /// is not one that the CUDA kernels read.
+    #[cfg(feature = "cuda")]
+    pub fn k_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.device_rows("K", &self.raw.k)
+    }
+
+    /// V rows on a CUDA device, as [`Self::k_device`].
+    ///
+    /// # Errors
+    /// As [`Self::k_device`].
+    #[cfg(feature = "cuda")]
+    pub fn v_device(&self) -> Result<cuda::Rows, PluginError> {
+        self.device_rows("V", &self.raw.v)
+    }
+
+    /// Positions of the rows on a CUDA device, for work that is enqueued during the call.
+    ///
+    /// # Errors
+    /// [`PluginError::Unsupported`] when the layer lies in ordinary memory; [`PluginError::InvalidArgument`] when the host
+    /// described them badly.
+    #[cfg(feature = "cuda")]
+    pub fn positions_device(&self) -> Result<cuda::plan::Positions, PluginError> {
+        if self.on_cpu {
+            let why = "they lie in ordinary memory; this accessor is for a device".into();
+            return Err(self.refuse("positions", why));
+        }
+        let KvhPositions { data, stride_head, count } = self.raw.positions;
+        let invalid = |problem: String| PluginError::InvalidArgument(format!("layer {}: {problem}", self.index()));
+        let stride_head = usize::try_from(stride_head).map_err(|_| invalid("a negative stride of positions".into()))?;
+        let count = count as usize;
+        let covered = if count == 0 { 0 } else { self.kv_heads().saturating_sub(1) * stride_head + count };
+        // SAFETY: the contract makes `count` positions of each head readable for work enqueued during the call.
+        let table =
+            unsafe { cuda::DeviceSlice::new(data as u64, covered) }.map_err(|error| invalid(error.to_string()))?;
+        let (length, next_position) = (self.length(), self.next_position as u32);
+        Ok(cuda::plan::Positions { table, stride_head, count, length, next_position })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device_rows(&self, what: &str, raw: &KvhRows) -> Result<cuda::Rows, PluginError> {
+        if self.on_cpu {
+            return Err(self.refuse(what, "the rows lie in ordinary memory; this accessor is for a device".into()));
+        }
+        let (layout, table) = self.describe(what, raw)?;
+        // SAFETY: the contract makes `length` rows of each head, and the table behind them, readable for work enqueued
+        // during the call, and nobody writes them before it.
+        unsafe { cuda::Rows::new(raw.base as u64, layout, table) }.map_err(|error| self.refuse(what, error.to_string()))
+    }
+
+    /// Rows at the end that were appended since rows were dropped last: they stand for the last positions, without a gap.
+    pub fn appended(&self) -> usize {
+        self.raw.length.saturating_sub(self.raw.positions.count) as usize
     }
 
     /// Position that row `token` of `head` stands for; `None` outside the layer or where the positions lie on a

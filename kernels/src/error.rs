@@ -163,6 +163,14 @@ pub enum KernelError {
         /// Elements of a row.
         head_dim: usize,
     },
+    /// More pairs of channels to rotate than a row has, or none.
+    #[error("{pairs} pairs of channels to rotate in rows of {head_dim} elements: expected 1 to {}", head_dim / 2)]
+    Rotary {
+        /// Pairs, as many as frequencies.
+        pairs: usize,
+        /// Elements of a row.
+        head_dim: usize,
+    },
     /// A computed row that cannot be stored.
     #[error(
         "head {head}, row {row}: a result is not a number or above {largest}, the most that the cache's dtype holds"

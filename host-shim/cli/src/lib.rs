@@ -4,12 +4,14 @@
 //! * [`measure`] runs arms over passages with the reference engine.
 //! * [`results`] holds what was measured; [`table`] and [`page`] show it in the terminal and in the browser, and
 //!   [`report`] hands it out.
+//! * [`mod@bench`] times compressions of caches without a model.
 //! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
 //! * [`weights`] reads and converts the weight files of `mlp-decouple`.
 
 pub mod account;
 pub mod args;
 pub mod arm;
+pub mod bench;
 pub mod commands;
 pub mod error;
 pub mod files;

@@ -4,14 +4,16 @@ use std::time::SystemTime;
 
 use crate::results::Machine;
 
-/// This machine; what the system does not tell is left empty or zero.
-pub fn this_machine() -> Machine {
+/// This machine, with the device on which the model ran, if that is not the processor; what the system does not tell is left
+/// empty or zero.
+pub fn this_machine(accelerator: Option<&str>) -> Machine {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let memory_kib = value(&read("/proc/meminfo"), "MemTotal")
         .and_then(|text| text.split_whitespace().next().and_then(|number| number.parse::<u64>().ok()));
     Machine {
         cpu: value(&read("/proc/cpuinfo"), "model name").unwrap_or_default(),
         cores: std::thread::available_parallelism().map_or(0, usize::from),
+        accelerator: accelerator.unwrap_or_default().to_owned(),
         memory_bytes: memory_kib.unwrap_or(0) * 1024,
         system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
     }

@@ -234,3 +234,14 @@ fn errors_have_their_exit_codes() {
     assert_eq!(output.status.code(), Some(3), "{err}");
     assert!(err.contains("python3") && err.contains("--model"), "{err}");
 }
+
+#[test]
+fn a_device_that_is_not_there_is_named_with_what_to_do() {
+    let prompt = shared("text/SOURCE.md");
+    // With and without CUDA in this build and on this machine.
+    fail(
+        &["run", "--model", model(), "--prompt-file", &prompt, "--device", "cuda:9999"],
+        3,
+        &["cuda:9999", "use the CPU"],
+    );
+}

@@ -40,7 +40,8 @@ impl Runner {
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Plugin`] where a plugin keeps state for the sequence; [`Error::OutOfBlocks`]
-    /// where a block that both would write cannot be copied. [`Error::RankStopped`].
+    /// where a block that both would write cannot be copied; [`Error::Device`] where another device than the CPU has no
+    /// memory for a copy: then there is no fork. [`Error::RankStopped`].
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
         let tails = self.tails(id, 0, |_| true)?;
         let fork = SequenceId::unused();
@@ -62,12 +63,22 @@ impl Runner {
             }
         }
         self.insert_copy(fork, copy);
-        self.ranks().run(move |rank| {
-            if let RankCache::Contiguous(cache) = &mut rank.cache {
-                cache.fork(id, fork);
+        let copied = self.ranks().run(move |rank| match &mut rank.cache {
+            RankCache::Contiguous(cache) => cache.fork(id, fork),
+            RankCache::Paged(_) => Ok(()),
+        });
+        let copied = match copied.and_then(|copied| copied.into_iter().collect::<Result<()>>()) {
+            Ok(()) => tails.take_over(self, fork),
+            Err(error) => {
+                tails.give_back(self);
+                Err(error)
             }
-        })?;
-        tails.take_over(self, fork)?;
+        };
+        if let Err(error) = copied {
+            // The cause is told, not what may follow from it.
+            let _ = self.free(fork);
+            return Err(error);
+        }
         Ok(fork)
     }
 
@@ -193,16 +204,19 @@ impl Tails {
         }
     }
 
-    /// Copies the rows on every rank and puts the copies into the tables.
+    /// Copies the rows on every rank and puts the copies into the tables. On an error they are given back.
     fn take_over(self, runner: &mut Runner, id: SequenceId) -> Result<()> {
         let copies = self.copies.clone();
-        runner.ranks().run(move |rank| {
-            if let RankCache::Paged(cache) = &mut rank.cache {
-                for &(layer, _, from, to) in &copies {
-                    cache.copy_block(layer, from, to);
-                }
+        let copied = runner.ranks().run(move |rank| match &mut rank.cache {
+            RankCache::Paged(cache) => {
+                copies.iter().try_for_each(|&(layer, _, from, to)| cache.copy_block(layer, from, to))
             }
-        })?;
+            RankCache::Contiguous(_) => Ok(()),
+        });
+        if let Err(error) = copied.and_then(|copied| copied.into_iter().collect::<Result<()>>()) {
+            self.give_back(runner);
+            return Err(error);
+        }
         let (pool, sequence) = runner.parts_mut(id)?;
         let Some(pool) = pool else { return Ok(()) };
         for (layer, blocks) in self.released {

@@ -193,6 +193,14 @@ pub enum Error {
         /// Why a rank could not.
         reason: String,
     },
+    /// A device cannot be used, or failed.
+    #[error("{device}: {reason}")]
+    Device {
+        /// The device.
+        device: crate::device::Device,
+        /// What is wrong and what to do.
+        reason: String,
+    },
     /// A rank's thread ended, or could not be started.
     #[error("rank {rank} has stopped: {reason}")]
     RankStopped {

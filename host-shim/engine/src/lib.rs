@@ -11,10 +11,12 @@
 //! * [`runner`] runs steps over sequences: prefill, decode, teacher-forced scoring.
 //! * [`hooks`] lets plugins compress the caches, through the host.
 //! * [`engine`] serves requests on top of it: admission, chunked prefill, batched decode, preemption.
+//! * [`device`] says where weights and caches lie and steps run: the CPU, or a CUDA device.
 //! * [`quality`] measures what compression did to the answers.
 
 pub mod attention;
 pub mod cache;
+pub mod device;
 mod edits;
 pub mod engine;
 pub mod error;
@@ -30,6 +32,7 @@ pub mod scheduler;
 mod simd;
 
 pub use cache::{CacheConfig, CacheKind, KvDtype, SequenceId};
+pub use device::Device;
 pub use engine::{Engine, EngineConfig, Event, FinishReason, Request, RequestId};
 pub use error::{Error, Result};
 pub use hooks::{ArmConfig, KvPlugins, PluginConfig, SequenceReport};

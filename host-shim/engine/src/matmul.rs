@@ -52,6 +52,12 @@ impl PackedMatrix {
         self.inputs
     }
 
+    /// The panels, `[panel][input][16]`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn panels(&self) -> &[f32] {
+        &self.panels
+    }
+
     /// Copies one row of the weight matrix, `[inputs]`, out of its panel.
     pub fn copy_row(&self, row: usize, out: &mut [f32]) {
         let panel = &self.panels[row / PANEL * PANEL * self.inputs..];

@@ -1,13 +1,16 @@
 //! Ranks: a thread for each shard of the KV heads, which alone touches the shard's cache.
 
 use std::borrow::Cow;
+use std::ffi::c_void;
 use std::fmt;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use crate::attention::attend;
-use crate::cache::{CacheConfig, LayerCache, RankCache, SequenceId};
+use crate::cache::{CacheConfig, KvDtype, LayerCache, RankCache, SequenceId};
+use crate::device::Backend;
 use crate::error::{Error, Result};
 use crate::hooks::StepTag;
 use crate::model::Config;
@@ -108,19 +111,49 @@ pub struct BatchSequence {
     pub tag: StepTag,
 }
 
-/// What a rank is about to write and attend over in one layer. All values are f32, q and k after RoPE.
+/// What some heads of a step hold, `[rows, heads, head_dim]`, where the step runs. A row has no gaps.
+#[derive(Debug, Clone, Copy)]
+pub struct HeadRows<'a> {
+    /// Address of the first element, on the step's device.
+    pub address: *const c_void,
+    /// Rows: new tokens of all sequences.
+    pub rows: usize,
+    /// Heads of a row.
+    pub heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Type of the elements.
+    pub dtype: KvDtype,
+    lent: PhantomData<&'a [f32]>,
+}
+
+impl<'a> HeadRows<'a> {
+    /// Rows in ordinary memory, one behind the other.
+    fn on_cpu(values: &'a [f32], rows: usize, head_dim: usize) -> Self {
+        let heads = values.len() / rows.max(1) / head_dim;
+        let address = values.as_ptr().cast();
+        Self { address, rows, heads, head_dim, stride: heads * head_dim, dtype: KvDtype::F32, lent: PhantomData }
+    }
+}
+
+/// What a rank is about to write and attend over in one layer, q and k after RoPE. On the CPU all values are f32; on a
+/// CUDA device they have the cache's dtype, and are there for work that is enqueued on the stream during the call.
 #[derive(Debug)]
 pub struct LayerStep<'a> {
     /// The layer.
     pub layer: usize,
-    /// Queries, `[rows, query heads of the shard, head_dim]`, without gaps.
-    pub q: &'a [f32],
-    /// New keys, `[rows, KV heads of the shard, head_dim]`, without gaps.
-    pub k: &'a [f32],
+    /// Queries, of the query heads of the shard.
+    pub q: HeadRows<'a>,
+    /// New keys, of the KV heads of the shard.
+    pub k: HeadRows<'a>,
     /// New values, as `k`.
-    pub v: &'a [f32],
-    /// Channels of a head.
-    pub head_dim: usize,
+    pub v: HeadRows<'a>,
+    /// Where they lie, and the cache.
+    pub backend: &'a Backend,
+    /// Address of each sequence's block table on a CUDA device; empty on the CPU, where the batch has them.
+    pub tables: &'a [u64],
     /// The rank's heads.
     pub shard: &'a HeadShard,
     /// Its cache, before the step's K and V are written.
@@ -133,6 +166,11 @@ pub struct LayerStep<'a> {
 pub trait StepObserver: Send {
     /// Called on the rank's thread, layers in order, one call at a time. It can only look.
     fn before_attention(&mut self, step: &LayerStep<'_>);
+
+    /// Whether it wants to look at a step of this batch. A CUDA device then waits for the ranks' threads in each layer.
+    fn wants(&self, batch: &Batch) -> bool {
+        !batch.sequences.is_empty()
+    }
 }
 
 /// What a rank's thread owns.
@@ -154,7 +192,17 @@ impl RankState {
     ///
     /// `qkv` is `[rows, heads + 2 * kv_heads, head_dim]` of the whole model; the result is
     /// `[rows, query heads of the shard, head_dim]`.
-    pub fn layer_step(&mut self, layer: usize, batch: &Batch, qkv: &[f32], heads: usize, kv_heads: usize) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn layer_step(
+        &mut self,
+        layer: usize,
+        batch: &Batch,
+        qkv: &[f32],
+        heads: usize,
+        kv_heads: usize,
+    ) -> Result<Vec<f32>> {
         let columns = |first: usize, heads: &Range<usize>| {
             let from = (first + heads.start) * self.head_dim;
             from..from + heads.len() * self.head_dim
@@ -164,18 +212,28 @@ impl RankState {
         let k = gather(qkv, stride, columns(heads, &self.shard.kv_heads));
         let v = gather(qkv, stride, columns(heads + kv_heads, &self.shard.kv_heads));
         if let Some(observer) = &mut self.observer {
-            let (head_dim, shard, cache) = (self.head_dim, &self.shard, &self.cache);
-            observer.before_attention(&LayerStep { layer, q: &q, k: &k, v: &v, head_dim, shard, cache, batch });
+            let rows = |values| HeadRows::on_cpu(values, batch.rows, self.head_dim);
+            observer.before_attention(&LayerStep {
+                layer,
+                q: rows(&q),
+                k: rows(&k),
+                v: rows(&v),
+                backend: &Backend::Cpu,
+                tables: &[],
+                shard: &self.shard,
+                cache: &self.cache,
+                batch,
+            });
         }
-        self.write(layer, batch, &k, &v);
+        self.write(layer, batch, &k, &v)?;
         self.attend(layer, batch, &q)
     }
 
-    fn write(&mut self, layer: usize, batch: &Batch, k: &[f32], v: &[f32]) {
+    fn write(&mut self, layer: usize, batch: &Batch, k: &[f32], v: &[f32]) -> Result<()> {
         let (heads, head_dim) = (self.shard.kv_heads.len(), self.head_dim);
         for sequence in &batch.sequences {
             let LayerCache { len, blocks } = &sequence.layers[layer];
-            let mut view = self.cache.layer(sequence.id, layer, *len, len + sequence.rows);
+            let mut view = self.cache.layer(sequence.id, layer, *len, len + sequence.rows)?;
             for row in 0..sequence.rows {
                 for head in 0..heads {
                     let at = ((sequence.first_row + row) * heads + head) * head_dim;
@@ -184,24 +242,102 @@ impl RankState {
                 }
             }
         }
+        Ok(())
     }
 
-    fn attend(&mut self, layer: usize, batch: &Batch, q: &[f32]) -> Vec<f32> {
+    fn attend(&mut self, layer: usize, batch: &Batch, q: &[f32]) -> Result<Vec<f32>> {
         let stride = self.shard.query_heads.len() * self.head_dim;
         match &mut self.cache {
             // One pool for all sequences: one parallel region.
-            RankCache::Paged(cache) => attend(&cache.layer(layer), q, &batch.sequences, layer, &self.shard),
+            RankCache::Paged(cache) => Ok(attend(&cache.layer(layer), q, &batch.sequences, layer, &self.shard)),
             RankCache::Contiguous(cache) => {
                 let mut out = Vec::with_capacity(q.len());
                 for sequence in &batch.sequences {
                     let rows = sequence.layers[layer].len + sequence.rows;
-                    let view = cache.layer(sequence.id, layer, rows, rows);
+                    let view = cache.layer(sequence.id, layer, rows, rows)?;
                     let q = &q[sequence.first_row * stride..][..sequence.rows * stride];
                     out.extend(attend(&view, q, std::slice::from_ref(sequence), layer, &self.shard));
                 }
-                out
+                Ok(out)
             }
         }
+    }
+}
+
+/// Room for a step on one rank of a CUDA device.
+#[cfg(feature = "cuda")]
+pub(crate) struct Room {
+    /// The rank's heads.
+    pub(crate) shard: HeadShard,
+    /// By layer and sequence.
+    pub(crate) places: Vec<Place>,
+    /// Whether somebody wants to look at the step.
+    pub(crate) observed: bool,
+}
+
+/// Where one layer's K and V of one sequence lie.
+#[cfg(feature = "cuda")]
+pub(crate) struct Place {
+    pub(crate) k: u64,
+    pub(crate) v: u64,
+    pub(crate) layout: crate::cache::RowLayout,
+}
+
+/// One layer of a step on a CUDA device, of all ranks.
+#[cfg(feature = "cuda")]
+pub(crate) struct OnDevice {
+    pub(crate) layer: usize,
+    pub(crate) batch: std::sync::Arc<Batch>,
+    /// `[rows, heads + 2 * kv_heads, head_dim]` of the whole model, in the cache's dtype.
+    pub(crate) qkv: u64,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dtype: KvDtype,
+    /// Of each sequence.
+    pub(crate) tables: Vec<u64>,
+    pub(crate) backend: Backend,
+}
+
+#[cfg(feature = "cuda")]
+impl RankState {
+    /// Makes room for a step's rows in every layer; where they go.
+    pub(crate) fn make_room(&mut self, batch: &Batch) -> Result<Room> {
+        let layers = batch.sequences.first().map_or(0, |sequence| sequence.layers.len());
+        let mut places = Vec::with_capacity(layers * batch.sequences.len());
+        for layer in 0..layers {
+            for sequence in &batch.sequences {
+                let cached = sequence.layers[layer].len;
+                let view = self.cache.layer(sequence.id, layer, cached, cached + sequence.rows)?;
+                places.push(Place { k: view.k.as_ptr() as u64, v: view.v.as_ptr() as u64, layout: view.layout });
+            }
+        }
+        let observed = self.observer.as_ref().is_some_and(|observer| observer.wants(batch));
+        Ok(Room { shard: self.shard.clone(), places, observed })
+    }
+
+    /// Shows a layer to the observer, if there is one.
+    pub(crate) fn observe(&mut self, step: &OnDevice) {
+        let Some(observer) = &mut self.observer else { return };
+        let rows = |first: usize, heads: &Range<usize>| HeadRows {
+            address: (step.qkv + ((first + heads.start) * self.head_dim * step.dtype.bytes()) as u64) as *const c_void,
+            rows: step.batch.rows,
+            heads: heads.len(),
+            head_dim: self.head_dim,
+            stride: (step.heads + 2 * step.kv_heads) * self.head_dim,
+            dtype: step.dtype,
+            lent: PhantomData,
+        };
+        observer.before_attention(&LayerStep {
+            layer: step.layer,
+            q: rows(0, &self.shard.query_heads),
+            k: rows(step.heads, &self.shard.kv_heads),
+            v: rows(step.heads + step.kv_heads, &self.shard.kv_heads),
+            backend: &step.backend,
+            tables: &step.tables,
+            shard: &self.shard,
+            cache: &self.cache,
+            batch: &step.batch,
+        });
     }
 }
 
@@ -219,6 +355,8 @@ type Job = Box<dyn FnOnce(&mut RankState) + Send>;
 pub struct Ranks {
     ranks: Vec<Rank>,
     kv_heads: usize,
+    backend: Backend,
+    dtype: KvDtype,
 }
 
 struct Rank {
@@ -233,17 +371,18 @@ impl fmt::Debug for Ranks {
 }
 
 impl Ranks {
-    /// Starts the threads.
+    /// Starts the threads, with a cache each on the device.
     ///
     /// # Errors
-    /// [`Error::RankStopped`] where a thread cannot be started.
-    pub fn start(model: &Config, cache: &CacheConfig) -> Result<Self> {
+    /// [`Error::RankStopped`] where a thread cannot be started; [`Error::Device`] where another device than the CPU has no
+    /// memory left.
+    pub fn start(model: &Config, cache: &CacheConfig, backend: Backend) -> Result<Self> {
         let start = |rank: usize| {
             let shard = HeadShard::new(model, rank, cache.ranks);
-            let (config, layers, head_dim) = (*cache, model.layers, model.head_dim);
+            let head_dim = model.head_dim;
+            let cache = RankCache::new(&backend, cache, model.layers, shard.kv_heads.len(), head_dim)?;
             let (sender, receiver): (Sender<Job>, Receiver<Job>) = channel();
             let body = move || {
-                let cache = RankCache::new(&config, layers, shard.kv_heads.len(), head_dim);
                 let mut state = RankState { rank, shard, head_dim, cache, observer: None };
                 while let Ok(job) = receiver.recv() {
                     job(&mut state);
@@ -256,7 +395,18 @@ impl Ranks {
             Ok(Rank { jobs: Some(sender), thread: Some(thread) })
         };
         let kv_heads = (0..cache.ranks).map(|rank| HeadShard::new(model, rank, cache.ranks).kv_heads.len()).sum();
-        Ok(Self { ranks: (0..cache.ranks).map(start).collect::<Result<_>>()?, kv_heads })
+        let ranks = (0..cache.ranks).map(start).collect::<Result<_>>()?;
+        Ok(Self { ranks, kv_heads, backend, dtype: cache.dtype })
+    }
+
+    /// Where they run.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// Type of the cached keys and values.
+    pub fn dtype(&self) -> KvDtype {
+        self.dtype
     }
 
     /// KV heads of all ranks together, replicated ones counted on each.
@@ -359,7 +509,8 @@ mod tests {
 
     #[test]
     fn a_panic_on_a_rank_is_an_error_and_stays_one() {
-        let ranks = Ranks::start(&config(3, 3), &CacheConfig { ranks: 3, ..CacheConfig::default() }).unwrap();
+        let ranks =
+            Ranks::start(&config(3, 3), &CacheConfig { ranks: 3, ..CacheConfig::default() }, Backend::Cpu).unwrap();
         assert_eq!(ranks.run(|state| state.rank).unwrap(), [0, 1, 2]);
         let result = ranks.run(|state| assert_ne!(state.rank, 1));
         assert!(matches!(result, Err(Error::RankStopped { rank: 1, .. })));

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::cache::{BlockPool, CacheConfig, CacheKind, SequenceCache, SequenceId};
+use crate::device::Backend;
 use crate::error::{Error, Result};
 use crate::forward::forward;
 use crate::hooks::{Cache, FreeReason, Hooks, KvPlugins, PluginConfig, StepTag};
@@ -90,7 +91,9 @@ impl Runner {
     /// Starts the ranks and makes their caches.
     ///
     /// # Errors
-    /// [`Error::Config`] for a setting that cannot work; [`Error::RankStopped`] where a thread cannot be started.
+    /// [`Error::Config`] for a setting that cannot work; [`Error::RankStopped`] where a thread cannot be started;
+    /// [`Error::Device`] for a device that this build or this machine does not have, or that has too little memory;
+    /// [`Error::UnsupportedModel`] for a model that the device does not run.
     pub fn new(model: Arc<Model>, config: CacheConfig) -> Result<Self> {
         let heads = model.config.heads;
         if config.ranks == 0 || config.ranks > heads {
@@ -114,7 +117,8 @@ impl Runner {
                 Some(BlockPool::new(model.config.layers, blocks, block_size, config.prefix_sharing))
             }
         };
-        let ranks = Ranks::start(&model.config, &config)?;
+        let backend = Backend::open(config.device, &model)?;
+        let ranks = Ranks::start(&model.config, &config, backend)?;
         Ok(Self { model, config, ranks, pool, sequences: HashMap::new(), hooks: None })
     }
 
@@ -141,6 +145,11 @@ impl Runner {
     /// The cache's settings.
     pub fn config(&self) -> &CacheConfig {
         &self.config
+    }
+
+    /// The device that it runs on.
+    pub fn backend(&self) -> &Backend {
+        self.ranks.backend()
     }
 
     /// The ranks, to run work on their threads.
@@ -253,7 +262,8 @@ impl Runner {
     /// # Errors
     /// Before anything is written: [`Error::Empty`], [`Error::DuplicateSequence`], [`Error::UnknownSequence`],
     /// [`Error::UnknownToken`], [`Error::ContextFull`], [`Error::OutOfBlocks`], [`Error::SharedBlock`].
-    /// Then only [`Error::RankStopped`], and [`Error::SplitCommit`] for a defect of the host.
+    /// Then only [`Error::RankStopped`], [`Error::Device`] where another device than the CPU fails or has no memory left,
+    /// and [`Error::SplitCommit`] for a defect of the host, or such a device.
     pub fn step(&mut self, work: &[Work<'_>]) -> Result<Vec<Vec<LogitsRow>>> {
         if work.is_empty() {
             return Err(Error::Empty { what: "the step" });

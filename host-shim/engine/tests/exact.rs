@@ -109,7 +109,7 @@ fn drop_rows(runner: &mut Runner, id: SequenceId) {
                 let kvhook_engine::cache::RankCache::Contiguous(cache) = &mut rank.cache else { return 0 };
                 let mut freed = 0;
                 for (layer, &len) in lens.iter().enumerate() {
-                    let view = cache.layer(id, layer, len, len);
+                    let view = cache.layer(id, layer, len, len).unwrap();
                     let kept = (0..len).filter(|row| !dropped(layer).contains(&(row / 16)));
                     let head_dim = view.layout.head_dim;
                     for (to, from) in kept.enumerate() {

@@ -175,7 +175,11 @@ impl Served {
 
 fn engine(blocks: usize, plugins: PluginConfig) -> Engine {
     let cache = unshared(paged(16, blocks));
-    Engine::new(model(), EngineConfig { cache, chunk: 256, max_sequences: 8, plugins: Some(plugins) }).unwrap()
+    Engine::new(
+        model(),
+        EngineConfig { cache: common::placed(cache), chunk: 256, max_sequences: 8, plugins: Some(plugins) },
+    )
+    .unwrap()
 }
 
 fn request(tokens: &[u32], max_new_tokens: usize) -> Request {
@@ -317,7 +321,7 @@ fn an_answer_goes_on_when_on_grown_fails() {
 fn forms_are_honoured_or_refused_with_what_to_do() {
     let form = |text: &str, source, commit_lag| {
         let config = PluginConfig { kv_plugin: text.into(), source, commit_lag, ..plugins(&[]) };
-        Runner::with_plugins(model(), of_ranks(3, CONTIGUOUS), &config)
+        Runner::with_plugins(model(), common::placed(of_ranks(3, CONTIGUOUS)), &config)
     };
     let library = "libkvhook_noop.so";
     let beside = std::env::current_exe().unwrap().with_file_name(library);

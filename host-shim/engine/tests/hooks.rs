@@ -132,7 +132,7 @@ fn steps_ahead_of_the_verdict_see_the_whole_cache_and_later_ones_the_same_surviv
 }
 
 fn engine(cache: CacheConfig, plugins: Option<PluginConfig>, chunk: usize, max_sequences: usize) -> Engine {
-    Engine::new(model(), EngineConfig { cache, chunk, max_sequences, plugins }).unwrap()
+    Engine::new(model(), EngineConfig { cache: common::placed(cache), chunk, max_sequences, plugins }).unwrap()
 }
 
 #[derive(Default)]

@@ -7,7 +7,7 @@ mod common;
 use std::sync::mpsc::{Sender, channel};
 
 use common::{CONTIGUOUS, bits, model, novel, runner};
-use kvhook_engine::rank::{LayerStep, StepObserver};
+use kvhook_engine::rank::{HeadRows, LayerStep, StepObserver};
 use kvhook_engine::{CacheConfig, Scoring};
 
 struct Seen {
@@ -18,6 +18,10 @@ struct Seen {
     cached: usize,
     first_position: u32,
     prompt_ends: bool,
+}
+
+fn elements(rows: HeadRows<'_>) -> usize {
+    rows.rows * rows.heads * rows.head_dim
 }
 
 struct Reporter {
@@ -32,7 +36,7 @@ impl StepObserver for Reporter {
             rank: self.rank,
             layer: step.layer,
             thread: std::thread::current().name().unwrap().to_owned(),
-            lengths: [step.q.len(), step.k.len(), step.v.len()],
+            lengths: [step.q, step.k, step.v].map(elements),
             cached: sequence.layers[step.layer].len,
             first_position: sequence.first_position,
             prompt_ends: sequence.prompt_ends,

@@ -10,7 +10,7 @@ use common::{CONTIGUOUS, bits, model, novel, paged, runner};
 use kvhook_engine::{CacheConfig, Engine, EngineConfig, Error, Event, FinishReason, Request, RequestId, Scoring};
 
 fn engine(cache: CacheConfig, chunk: usize) -> Engine {
-    Engine::new(model(), EngineConfig { cache, chunk, max_sequences: 8, plugins: None }).unwrap()
+    Engine::new(model(), EngineConfig { cache: common::placed(cache), chunk, max_sequences: 8, plugins: None }).unwrap()
 }
 
 fn request(start: usize, prompt: usize, max_new_tokens: usize) -> Request {

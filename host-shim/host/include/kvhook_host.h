@@ -70,7 +70,7 @@ typedef struct KvhookCallbacks {
     // The lowest importance that is wanted, `KVH_LOG_*`. Null: `KVH_LOG_INFO`.
     int32_t (*log_max_level)(void *context);
     // Memory of a rank's device, in the stream's order; null when it is refused. Null function: the
-    // host's own heap (CPU only).
+    // host's own heap (CPU only). It must not wait for the device.
     void *(*allocate)(void *context,
                       uint32_t rank,
                       uint64_t bytes,
@@ -97,8 +97,8 @@ typedef struct KvhookHostConfig {
     KvhArray models;
     // What the engine offers. Copied.
     const KvhOffers *offers;
-    // `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in
-    // order. Empty: `KVHOOK_PLUGIN_PATH`, or the program's folder, `deps` in it and `../lib/kvhook/plugins` beside it.
+    // `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in order. Empty:
+    // `KVHOOK_PLUGIN_PATH`, or `deps` in the program's folder, that folder and `../lib/kvhook/plugins` beside it.
     KvhArray plugin_folders;
     // Folder for private copies, made with mode 0700. Empty: `kvhook/plugins` in the user's cache folder.
     KvhStr copy_folder;
@@ -426,7 +426,7 @@ typedef struct KvhookReasonCount {
 // The plugin panicked while it was created.
 #define KVHOOK_ERR_CREATE_PANIC 154
 
-// The plugin does not support this model, device or dtype.
+// This model, device or dtype is not supported, by a plugin or by the host.
 #define KVHOOK_ERR_UNSUPPORTED 155
 
 // An argument is null, too small or out of range.
@@ -465,6 +465,9 @@ typedef struct KvhookReasonCount {
 // A text buffer is too small; its `length` says what is needed.
 #define KVHOOK_ERR_BUFFER_TOO_SMALL 211
 
+// A device's driver reports an error, which may come from any work before: the context may be lost.
+#define KVHOOK_ERR_DEVICE 212
+
 // A hook returned an error.
 #define KVHOOK_REASON_PLUGIN_ERROR 100
 
@@ -501,11 +504,17 @@ typedef struct KvhookReasonCount {
 // The sequence is shorter than the arm's `min_tokens`.
 #define KVHOOK_REASON_MIN_TOKENS 111
 
+// A device's driver reported an error.
+#define KVHOOK_REASON_DEVICE 112
+
 // Makes a host for one model, without arms. `*out` is written only on `KVHOOK_OK`; it is the caller's until
 // `kvhook_host_destroy`. The callbacks must stay callable as long as the host lives; everything else is copied.
 //
 // Thread: any.
-// Returns `KVHOOK_ERR_UNSUPPORTED` for a device or cache dtype that this host does not move.
+// Ranks with a CUDA device: the primary context of each is retained, and the host's kernels are loaded; that may wait for
+// the device. The callbacks must give memory.
+// Returns `KVHOOK_ERR_UNSUPPORTED` for a device or cache dtype that this host does not move, a driver that is missing or
+// too old, and a context that is not the primary one; `KVHOOK_ERR_DEVICE` when the driver fails.
 KvhookStatus kvhook_host_create(const struct KvhookHostConfig *config,
                                 struct KvhookHost **out,
                                 KvhText *error);
@@ -634,7 +643,8 @@ KvhookStatus kvhook_ask(struct KvhookHost *host,
 // `sequences` are `KvhookPrepareSequence` elements, whose `ticket` and `reason` are filled. A sequence that is kept,
 // whatever its plugin did wrong, gets ticket 0 and a reason; so does one that is not live any more
 // (`KVHOOK_REASON_DROPPED`). The first rank opens the ticket; ranks that come later join it while event and next position
-// are the same. A rank that keeps drops it for all.
+// are the same. A rank that keeps drops it for all. On a device the work is enqueued on `stream`, nothing waits for it, and
+// the rows must not be written before it is done.
 //
 // Thread: the rank's; waits for calls of its instances that are under way. Rows must not be written during the call.
 // Returns `KVHOOK_ERR_VIEW` when a layer is not one that the row formula describes, or differs from the model: then every

@@ -212,6 +212,11 @@ impl Host {
     /// Counts and logs why a sequence stays as it is.
     pub(crate) fn fell_back(&self, sequence: &Sequence, what: &str, refusal: &Refusal) {
         sequence.arm.figures.fell_back(refusal.reason);
+        self.log_fallback(sequence, what, refusal);
+    }
+
+    /// Logs why a sequence stays as it is.
+    pub(crate) fn log_fallback(&self, sequence: &Sequence, what: &str, refusal: &Refusal) {
         let level = match refusal.reason {
             KVH_REASON_NONE..=KVH_REASON_OTHER | KVHOOK_REASON_MIN_TOKENS | KVHOOK_REASON_DISABLED => KVH_LOG_DEBUG,
             _ => KVH_LOG_WARN,

@@ -47,7 +47,8 @@ impl Host {
     /// passed over; where a plugin fails, its sequences of the call are not compressed any more.
     ///
     /// # Errors
-    /// `Argument` for a rank or layer that there is not, and for sequences that are not described as they should be.
+    /// `Argument` for a rank or layer that there is not, and for sequences that are not described as they should be;
+    /// those of [`Device::queue`](crate::device::Device::queue).
     ///
     /// # Safety
     /// The tensors and rows are as described, and not written during the call.
@@ -69,6 +70,10 @@ impl Host {
                 None => groups.push((generation, vec![seen])),
             }
         }
+        if groups.is_empty() {
+            return Ok(());
+        }
+        let _queue = self.devices[rank].queue(step.stream)?;
         for (generation, seen) in groups {
             // SAFETY: passed on from the caller.
             unsafe { self.show(rank, &generation, step, seen) };

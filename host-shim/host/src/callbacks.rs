@@ -88,6 +88,11 @@ impl Callbacks {
         }
     }
 
+    /// Whether memory is the engine's, and not the host's own heap.
+    pub fn give_memory(&self) -> bool {
+        self.0.allocate.is_some()
+    }
+
     /// Memory of a rank's device, or none when it is refused.
     // The stream is not looked into: it goes to the engine that gave it.
     #[allow(clippy::not_unsafe_ptr_arg_deref)]

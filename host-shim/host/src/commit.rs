@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvhook_abi::raw::*;
-use kvhook_kernels::select::{gather, move_rows};
-use kvhook_kernels::{KernelError, Rows, parallel};
+use kvhook_kernels::Rows;
 
 use crate::ask::Ask;
+use crate::device::Device;
 use crate::error::HostError;
 use crate::figures::{Moved, Timed};
 use crate::host::Host;
@@ -17,7 +17,7 @@ use crate::plan::{Kept, LayerPlan, Plan};
 use crate::prepare::PrepareRequest;
 use crate::raw::*;
 use crate::sequence::Sequence;
-use crate::ticket::{Held, RankTicket};
+use crate::ticket::{Held, RankTicket, Settled};
 use crate::view::{self, LayerRows, Layers};
 
 /// A commit on one rank.
@@ -57,14 +57,18 @@ pub enum Compressed {
     Kept(KvhookReason),
 }
 
-/// One tensor of one layer, to be moved on any thread.
-struct Task<'a> {
-    plan: &'a LayerPlan,
-    source: Rows,
-    destination: Rows,
+/// One tensor of one layer, to be moved: the kept rows, and behind them those that were appended since.
+pub struct Task<'a> {
+    /// Which rows are kept.
+    pub plan: &'a LayerPlan,
+    /// The rows as they are, in memory of the rank's device.
+    pub source: Rows,
+    /// Where they go; in place: the same.
+    pub destination: Rows,
     /// Lent rows, which replace the planned ones.
-    lent: Option<Rows>,
-    appended: usize,
+    pub lent: Option<Rows>,
+    /// Rows behind the planned ones.
+    pub appended: usize,
 }
 
 impl Host {
@@ -85,7 +89,11 @@ impl Host {
         let start = Instant::now();
         // SAFETY: passed on from the caller.
         let tasks = unsafe { self.check_commit(rank, request, &held.plan, movement) };
-        let moved = tasks.and_then(|tasks| move_all(tasks).map_err(|error| HostError::Internal(error.to_string())));
+        let moved = tasks.and_then(|tasks| {
+            let queue = self.devices[rank].queue(request.stream)?;
+            // SAFETY: as above.
+            unsafe { queue.move_rows(&held.plan, tasks, self.allocator(rank)) }
+        });
         sequence.arm.figures.took(Timed::Commit, start.elapsed());
         if let Err(error) = moved {
             self.abort_commit(rank, &sequence, request.ticket, &held, &error);
@@ -103,8 +111,14 @@ impl Host {
     ) -> Result<(Arc<Held>, i32), HostError> {
         let mut state = sequence.state.lock();
         let id = request.ticket;
+        let settled = self.settle(sequence, &mut state, id);
+        if let Settled::Dropped(reason, ticket) = settled {
+            drop(state);
+            drop(ticket);
+            return Err(HostError::Dropped { ticket: id, reason });
+        }
         let ticket = state.ticket.as_mut().filter(|ticket| ticket.id == id).ok_or(HostError::UnknownTicket(id))?;
-        let movement = ticket.movement.ok_or(HostError::NotReady(id))?;
+        let movement = ticket.movement.filter(|_| matches!(settled, Settled::Ready)).ok_or(HostError::NotReady(id))?;
         let RankTicket::Planned(held) = &ticket.ranks[rank] else {
             return Err(HostError::Argument(format!("`rank` {rank} has committed ticket {id} already")));
         };
@@ -138,6 +152,7 @@ impl Host {
             let reason = match error {
                 HostError::NoRoom { .. } => KVH_REASON_NO_ROOM,
                 HostError::View { .. } => KVH_REASON_UNSUPPORTED,
+                HostError::Device(_) => KVHOOK_REASON_DEVICE,
                 _ => KVHOOK_REASON_DROPPED,
             };
             self.close(sequence, &mut state, reason)
@@ -208,12 +223,15 @@ impl Host {
         let next_position = plan.moved_position.unwrap_or(request.next_position);
         let committed = Committed { lengths, next_position };
         sequence.arm.figures.moved(moved(&self.models[rank], &before, &committed.lengths));
+        // The plan was read by the work that was just enqueued.
+        held.release_on(request.stream);
 
         let mut state = sequence.state.lock();
         if !state.live {
             return committed;
         }
         for (positions, layer) in state.ranks[rank].positions.iter_mut().zip(&plan.layers) {
+            positions.release_on(request.stream);
             *positions = layer.positions.clone();
         }
         if plan.moved_position.is_some() {
@@ -238,7 +256,7 @@ impl Host {
     /// edited: rows move.
     ///
     /// # Errors
-    /// As [`Host::ask`], [`Host::prepare`] and [`Host::commit`]; `Argument` with more than one rank.
+    /// As [`Host::ask`], [`Host::prepare`] and [`Host::commit`]; `Argument` with more than one rank, or on a device.
     ///
     /// # Safety
     /// As [`Host::commit`].
@@ -249,8 +267,9 @@ impl Host {
         fresh: Option<Layers>,
         stream: *mut c_void,
     ) -> Result<Compressed, HostError> {
-        if self.models.len() != 1 {
-            return Err(HostError::Argument("`kvhook_compress` is for one rank; use prepare and commit".to_owned()));
+        if self.models.len() != 1 || !self.devices.iter().all(Device::is_immediate) {
+            let text = "`kvhook_compress` is for one rank in ordinary memory; use prepare and commit";
+            return Err(HostError::Argument(text.to_owned()));
         }
         let answer = self.ask(ask)?;
         if answer.decision == KVHOOK_DECISION_KEEP {
@@ -338,42 +357,6 @@ fn tasks_of(
         appended,
     });
     core::iter::once(k).chain(v)
-}
-
-fn move_all(tasks: Vec<Task<'_>>) -> Result<(), KernelError> {
-    let bytes = tasks
-        .iter()
-        .map(|task| {
-            (task.plan.count as usize + task.appended) * task.source.kv_heads() * task.source.layout().row_bytes()
-        })
-        .sum();
-    parallel::for_each(tasks, bytes, |task| task.run())
-}
-
-impl Task<'_> {
-    /// Moves the kept rows, then the appended ones behind them. Everything that the kernels refuse was checked.
-    fn run(self) -> Result<(), KernelError> {
-        let Self { plan, source, destination, lent, appended } = self;
-        let heads = 0..source.kv_heads();
-        let (planned, count) = (plan.planned as usize, plan.count as usize);
-        match &plan.kept {
-            Kept::All => move_rows(&source, 0, &destination, 0, planned, heads.clone())?,
-            Kept::Rows(rows) => gather(&source, &destination, heads.clone(), &rows.indices(), 0)?,
-            Kept::Ranges(ranges) => {
-                let mut to = 0;
-                for range in ranges {
-                    let (from, length) = (range.start as usize, range.length as usize);
-                    move_rows(&source, from, &destination, to, length, heads.clone())?;
-                    to += length;
-                }
-            }
-            Kept::Lent(_) => {
-                let lent = lent.unwrap_or(source);
-                move_rows(&lent, 0, &destination, 0, count, heads.clone())?;
-            }
-        }
-        move_rows(&source, planned, &destination, count, appended, heads)
-    }
 }
 
 /// Rows and bytes before and after, over the layers whose rows may be planned.

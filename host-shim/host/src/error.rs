@@ -181,7 +181,7 @@ pub enum HostError {
         message: String,
     },
     /// `KVHOOK_ERR_UNSUPPORTED`.
-    #[error("the plugin does not support this model, device or dtype: {0}")]
+    #[error("this model, device or dtype is not supported: {0}")]
     Unsupported(String),
 
     /// `KVHOOK_ERR_INVALID_ARGUMENT`.
@@ -252,6 +252,9 @@ pub enum HostError {
     /// `KVHOOK_ERR_INTERNAL`.
     #[error("a defect of the host: {0}; please report it")]
     Internal(String),
+    /// `KVHOOK_ERR_DEVICE`.
+    #[error("{0}; work that was enqueued earlier may be its cause, and the device's context may be lost")]
+    Device(String),
     /// `KVHOOK_ERR_BUFFER_TOO_SMALL`.
     #[error("the text needs {needed} bytes, the buffer has {given}")]
     BufferTooSmall {
@@ -303,6 +306,7 @@ impl HostError {
             Self::OutOfMemory { .. } => KVHOOK_ERR_OUT_OF_MEMORY,
             Self::ForkRefused(_) => KVHOOK_ERR_FORK_REFUSED,
             Self::Internal(_) => KVHOOK_ERR_INTERNAL,
+            Self::Device(_) => KVHOOK_ERR_DEVICE,
             Self::BufferTooSmall { .. } => KVHOOK_ERR_BUFFER_TOO_SMALL,
         }
     }

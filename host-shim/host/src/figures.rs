@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::raw::*;
 
 /// Every reason with its name, by number.
-const REASONS: [(KvhookReason, &str); 19] = [
+const REASONS: [(KvhookReason, &str); 20] = [
     (KVH_REASON_NONE, "none"),
     (KVH_REASON_TOO_SHORT, "too_short"),
     (KVH_REASON_NO_GAIN, "no_gain"),
@@ -30,6 +30,7 @@ const REASONS: [(KvhookReason, &str); 19] = [
     (KVHOOK_REASON_DROPPED, "dropped"),
     (KVHOOK_REASON_DISABLED, "disabled"),
     (KVHOOK_REASON_MIN_TOKENS, "min_tokens"),
+    (KVHOOK_REASON_DEVICE, "device"),
 ];
 
 /// Name of a reason, as in the figures: `no_gain`; `unknown` for any other number.

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::arm::{Arm, Generation, RankInstance, Wants};
 use crate::callbacks::Callbacks;
+use crate::device::Device;
 use crate::error::HostError;
 use crate::figures;
 use crate::instance::{CallError, Event, Instance};
@@ -46,6 +47,8 @@ pub struct HostConfig {
 pub struct Host {
     pub(crate) callbacks: Callbacks,
     pub(crate) models: Vec<Arc<Model>>,
+    /// Where each rank's cache lies.
+    pub(crate) devices: Vec<Device>,
     pub(crate) offers: KvhOffers,
     pub(crate) sequences: RwLock<HashMap<u64, Arc<Sequence>>>,
     pub(crate) tickets: Mutex<Tickets>,
@@ -63,7 +66,7 @@ impl Host {
     /// A host without arms.
     ///
     /// # Errors
-    /// `Argument` without models, or when they differ in their number of layers.
+    /// `Argument` without models, or when they differ in their number of layers; those of [`Device::open`].
     pub fn new(config: HostConfig) -> Result<Self, HostError> {
         let layers = config.models.first().map(|model| model.layers().len());
         if layers.is_none() || config.models.iter().any(|model| Some(model.layers().len()) != layers) {
@@ -72,10 +75,23 @@ impl Host {
                     .into(),
             ));
         }
+        let mut offers = KvhOffers { struct_size: size_of::<KvhOffers>(), ..config.offers };
+        if let Some(model) = config.models.iter().find(|model| !model.has_values()) {
+            let dtype = kvhook_abi::view::dtype_name(model.dtype());
+            if offers.can & KVH_CAN_REWRITE != 0 {
+                let text =
+                    format_args!("rows of {dtype} are kept or dropped, not written anew: `rewrite` is not offered");
+                config.callbacks.log(KVH_LOG_WARN, text);
+            }
+            offers.can &= !KVH_CAN_REWRITE;
+        }
+        let open = |model: &Model| Device::open(model.raw().device, &config.callbacks);
+        let devices = config.models.iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self {
             callbacks: config.callbacks,
+            devices,
             models: config.models.into_iter().map(Arc::new).collect(),
-            offers: KvhOffers { struct_size: size_of::<KvhOffers>(), ..config.offers },
+            offers,
             sequences: RwLock::default(),
             tickets: Mutex::default(),
             next_uid: AtomicU64::new(1),
@@ -288,6 +304,7 @@ impl Host {
             KVH_ERR_POISONED => KVHOOK_REASON_POISONED,
             KVH_ERR_OUT_OF_MEMORY => KVHOOK_REASON_OUT_OF_MEMORY,
             KVH_ERR_UNSUPPORTED => KVH_REASON_UNSUPPORTED,
+            KVH_ERR_DEVICE => KVHOOK_REASON_DEVICE,
             _ => KVHOOK_REASON_PLUGIN_ERROR,
         };
         if matches!(reason, KVHOOK_REASON_PANIC | KVHOOK_REASON_POISONED) {

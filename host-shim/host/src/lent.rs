@@ -13,7 +13,7 @@ const ALIGNMENT: u64 = 64;
 
 /// Rows of one layer in memory of the ticket: K `[kv_heads, count, k_head_dim]`, then V.
 pub struct LentLayer {
-    _block: Block,
+    block: Block,
     view: KvhLayer,
 }
 
@@ -62,7 +62,7 @@ impl LentLayer {
         if !inside {
             view.v = rows(block.data().wrapping_add(k as usize), info.v_head_dim);
         }
-        Ok(Some(Self { _block: block, view }))
+        Ok(Some(Self { block, view }))
     }
 
     /// The view of a layer in which nothing is lent.
@@ -98,6 +98,11 @@ impl LentLayer {
             },
             positions: KvhPositions { data: core::ptr::null(), stride_head: 0, count: 0 },
         }
+    }
+
+    /// As [`Block::release_on`].
+    pub fn release_on(&self, stream: *mut c_void) {
+        self.block.release_on(stream);
     }
 
     /// The rows.

@@ -9,6 +9,7 @@
 //! | [`host`], [`arm`] | a model's host; which instances serve which sequences |
 //! | [`sequence`], [`lifecycle`], [`attention`] | what happens to a sequence while it is not compressed |
 //! | [`ask`], [`prepare`], [`plan`], [`ticket`], [`commit`] | a compression, in its order |
+//! | [`device`] | where ordinary memory and a CUDA device differ |
 //! | [`model`], [`view`], [`positions`], [`memory`], [`lent`] | rows, and memory beside them |
 //! | [`services`], [`callbacks`] | what a plugin may ask of the host, and the host of the engine |
 //! | [`figures`] | what each arm did |
@@ -19,6 +20,7 @@ pub mod attention;
 pub mod c_api;
 pub mod callbacks;
 pub mod commit;
+pub mod device;
 pub mod error;
 pub mod figures;
 pub mod host;

@@ -221,6 +221,7 @@ impl Host {
                 }
             }
             rank.memory.release(stream);
+            rank.positions.iter().for_each(|positions| positions.release_on(stream));
         }
     }
 

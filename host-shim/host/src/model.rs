@@ -23,8 +23,7 @@ impl Model {
     /// Copies what the engine says.
     ///
     /// # Errors
-    /// `InvalidArgument` for null pointers and sizes; `Unsupported` for a device or dtype that the host's kernels do
-    /// not take.
+    /// `InvalidArgument` for null pointers and sizes; `Unsupported` for a dtype that the host's kernels do not move.
     ///
     /// # Safety
     /// `raw` and what it points to is valid for reading.
@@ -40,14 +39,10 @@ impl Model {
         if layers.is_empty() {
             return Err(HostError::Argument("`models.layers` is empty; expected one for each layer".to_owned()));
         }
-        if raw.device.device_type != KVH_DEVICE_CPU {
-            return refuse(format!(
-                "device type {}; this host moves rows in ordinary memory (1)",
-                raw.device.device_type
-            ));
-        }
-        if view::dtype(raw.cache_dtype).is_none() {
-            return refuse(format!("a cache of {}; expected f32, f16 or bf16", view::dtype_name(raw.cache_dtype)));
+        let dtype = raw.cache_dtype;
+        if view::dtype(dtype).is_none() && (dtype.bits, dtype.lanes) != (8, 1) {
+            let found = view::dtype_name(dtype);
+            return refuse(format!("a cache of {found}; expected f32, f16, bf16 or elements of one byte"));
         }
         let frequencies: Box<[f32]> = if raw.rope_frequencies.is_null() {
             Box::default()
@@ -63,6 +58,14 @@ impl Model {
         let layers = (0..layers.len())
             .map(|index| Ok(KvhLayerInfo { struct_size: size_of::<KvhLayerInfo>(), ..layers.get(index)? }))
             .collect::<Result<Box<[_]>, HostError>>()?;
+        let odd = |info: &KvhLayerInfo| !info.k_head_dim.is_multiple_of(2) || !info.v_head_dim.is_multiple_of(2);
+        if let Some(layer) = layers.iter().position(odd).filter(|_| dtype.bits == 8) {
+            let KvhLayerInfo { k_head_dim, v_head_dim, .. } = layers[layer];
+            return refuse(format!(
+                "layer {layer}: rows of {k_head_dim} and {v_head_dim} elements of one byte; expected even numbers, for they are \
+                 moved two by two"
+            ));
+        }
         let name: Box<str> = name;
         let raw = KvhModel {
             struct_size: size_of::<KvhModel>(),
@@ -91,6 +94,12 @@ impl Model {
     /// Element type of the cache.
     pub fn dtype(&self) -> KvhDtype {
         self.raw.cache_dtype
+    }
+
+    /// Whether rows are numbers that can be written anew. Those of one-byte elements, whose meaning stands elsewhere (scales,
+    /// the kind of fp8), are only kept or dropped.
+    pub fn has_values(&self) -> bool {
+        view::dtype(self.raw.cache_dtype).is_some()
     }
 
     /// Bytes of one K row and its V row in a layer.

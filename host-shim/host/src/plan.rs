@@ -3,15 +3,15 @@
 use core::ffi::c_void;
 
 use kvhook_abi::raw::*;
-use kvhook_kernels::Indices;
-use kvhook_kernels::check::check_indices;
 
+use crate::device::{Check, Queue};
 use crate::error::HostError;
 use crate::lent::LentLayer;
 use crate::memory::{Allocator, U32s};
 use crate::model::{Model, is_planned};
 use crate::positions::Positions;
 use crate::raw::*;
+use crate::view::Layers;
 
 /// Why a sequence stays as it is.
 #[derive(Debug)]
@@ -27,12 +27,19 @@ impl Refusal {
     pub fn new(reason: KvhookReason, message: impl Into<String>) -> Self {
         Self { reason, message: message.into() }
     }
+
+    /// The same, with the layer named that it is about.
+    pub fn in_layer(self, layer: usize) -> Self {
+        Self { message: format!("layer {layer}: {}", self.message), ..self }
+    }
 }
 
 impl From<HostError> for Refusal {
     fn from(error: HostError) -> Self {
         let reason = match error {
             HostError::OutOfMemory { .. } => KVHOOK_REASON_OUT_OF_MEMORY,
+            HostError::Device(_) => KVHOOK_REASON_DEVICE,
+            HostError::Unsupported(_) => KVH_REASON_UNSUPPORTED,
             _ => KVHOOK_REASON_BAD_PLAN,
         };
         Self::new(reason, error.to_string())
@@ -51,8 +58,12 @@ pub struct Terms<'a> {
     pub bound: &'a [u64],
     /// Position of the next token.
     pub next_position: u64,
+    /// The rows.
+    pub layers: &'a Layers,
     /// Positions of the rows, for each layer.
     pub positions: &'a [Positions],
+    /// Fresh rows were promised.
+    pub fresh: bool,
     /// What the engine offers: `KVH_CAN_*`.
     pub can: u64,
     /// What the instance said it needs: `KVH_CAN_*`.
@@ -65,6 +76,43 @@ pub struct Terms<'a> {
     pub allocator: Allocator,
     /// In whose order.
     pub stream: *mut c_void,
+    /// That stream, for what is enqueued.
+    pub queue: &'a Queue<'a>,
+}
+
+/// A list of numbers that a plan points to, for each of `lists` heads, or one that all heads share.
+#[derive(Clone, Copy)]
+pub struct List {
+    /// Memory of the rank's device, aligned.
+    pub data: *const u32,
+    /// Elements from one head's list to the next; 0: heads share one.
+    pub stride_head: usize,
+    /// Lists: the heads, or 1.
+    pub lists: usize,
+    /// Elements of each.
+    pub count: usize,
+}
+
+/// One layer of a plan, before its lists are read.
+pub struct Draft {
+    /// Rows that were planned.
+    pub planned: u64,
+    /// Rows that are kept.
+    pub count: u64,
+    /// Which.
+    pub wanted: Wanted,
+}
+
+/// The rows that a layer is to keep.
+pub enum Wanted {
+    /// All of them.
+    All,
+    /// Checked ranges.
+    Ranges(Vec<KvhRange>),
+    /// Indices, not checked.
+    Rows(List),
+    /// New rows with their positions, which are not checked.
+    Lent(Box<LentLayer>, List),
 }
 
 /// A plan that may be carried out. Everything that a commit needs is allocated.
@@ -77,6 +125,8 @@ pub struct Plan {
     pub moved_position: Option<u64>,
     /// Ordinals of the kept blocks of each layer, if an edit of the block tables is all that is needed.
     pub table: Option<Vec<Vec<u32>>>,
+    /// Whether its lists are good, which a device says later.
+    pub check: Check,
 }
 
 /// What becomes of the planned rows of one layer.
@@ -95,30 +145,24 @@ pub struct LayerPlan {
 pub enum Kept {
     /// All of them, where they are.
     All,
-    /// Ranges, for all heads.
-    Ranges(Vec<KvhRange>),
+    /// Ranges, for all heads. On a device also as indices.
+    Ranges(Vec<KvhRange>, Option<KeptRows>),
     /// Single rows.
     Rows(KeptRows),
     /// New ones.
     Lent(LentLayer),
 }
 
-/// Indices of kept rows.
+/// Indices of kept rows, in memory of the rank's device.
 pub struct KeptRows {
-    data: U32s,
-    stride_head: usize,
-    count: usize,
-}
-
-impl KeptRows {
-    /// As the kernels see them.
-    pub fn indices(&self) -> Indices<'_> {
-        Indices { data: self.data.as_slice(), stride_head: self.stride_head, count: self.count }
-    }
-
-    fn of(&self, head: usize) -> &[u32] {
-        &self.data.as_slice()[head * self.stride_head..][..self.count]
-    }
+    /// The host's own copy.
+    pub data: U32s,
+    /// Elements from one head's list to the next; 0: heads share one.
+    pub stride_head: usize,
+    /// Elements of each.
+    pub count: usize,
+    /// Rows at the front that all heads keep; 0 where that is not known.
+    pub untouched: u64,
 }
 
 impl Plan {
@@ -138,16 +182,22 @@ impl LayerPlan {
         match &self.kept {
             Kept::All => u64::MAX,
             Kept::Lent(_) => 0,
-            Kept::Ranges(ranges) => match ranges.first() {
+            Kept::Ranges(ranges, _) => match ranges.first() {
                 Some(first) if first.start == 0 => first.length,
                 _ => 0,
             },
-            Kept::Rows(rows) => {
-                let heads = rows.data.as_slice().len() / rows.count;
-                let untouched = |head| rows.of(head).iter().zip(0..).take_while(|&(&row, place)| row == place).count();
-                (0..heads).map(untouched).min().unwrap_or(0) as u64
-            }
+            Kept::Rows(rows) => rows.untouched,
         }
+    }
+
+    /// What it holds goes back in the order of this stream, in which it was used last.
+    pub fn release_on(&self, stream: *mut c_void) {
+        match &self.kept {
+            Kept::Rows(rows) | Kept::Ranges(_, Some(rows)) => rows.data.release_on(stream),
+            Kept::Lent(lent) => lent.release_on(stream),
+            Kept::All | Kept::Ranges(_, None) => {}
+        }
+        self.positions.release_on(stream);
     }
 }
 
@@ -177,25 +227,23 @@ pub unsafe fn check(
         other => return bad_plan(format!("kind {other}; expected keep (0), select (1) or rewrite (2)")),
     };
     let limit = moved_position.unwrap_or(terms.next_position);
-    let mut checked = Vec::with_capacity(layers.len());
+    let mut drafts = Vec::with_capacity(layers.len());
     for (layer, raw) in layers.iter().enumerate() {
         let lent = lent.as_mut().and_then(|lent| lent[layer].take());
-        // SAFETY: passed on from the caller.
-        let plan = unsafe {
-            match plan.kind {
-                _ if !terms.planned[layer] => whole(layer, terms),
-                KVH_PLAN_SELECT => select(layer, raw, terms),
-                _ => rewrite(layer, raw, lent, limit, terms),
-            }
+        let draft = match plan.kind {
+            _ if !terms.planned[layer] => Ok(whole(layer, terms)),
+            // SAFETY: passed on from the caller.
+            KVH_PLAN_SELECT => unsafe { select(layer, raw, terms) },
+            _ => rewrite(layer, raw, lent, terms),
         };
-        checked.push(
-            plan.map_err(|refusal| Refusal { message: format!("layer {layer}: {}", refusal.message), ..refusal })?,
-        );
+        drafts.push(draft.map_err(|refusal| refusal.in_layer(layer))?);
     }
+    // SAFETY: passed on from the caller: the lists are as the plan says.
+    let (mut checked, check) = unsafe { terms.queue.adopt(drafts, limit, terms)? };
     for layer in 0..checked.len() {
         follow_owner(layer, &mut checked, terms.model);
     }
-    let mut plan = Plan { layers: checked, planned_position: terms.next_position, moved_position, table: None };
+    let mut plan = Plan { layers: checked, planned_position: terms.next_position, moved_position, table: None, check };
     if plan.layers.iter().all(|layer| matches!(layer.kept, Kept::All)) {
         return Err(Refusal::new(KVH_REASON_NO_GAIN, "the plan keeps every row"));
     }
@@ -256,9 +304,9 @@ fn check_all_moved(plan: &Plan) -> Result<(), Refusal> {
 }
 
 /// A layer that nothing is done to.
-fn whole(layer: usize, terms: &Terms<'_>) -> Result<LayerPlan, Refusal> {
+fn whole(layer: usize, terms: &Terms<'_>) -> Draft {
     let planned = terms.lengths[layer];
-    Ok(LayerPlan { planned, count: planned, kept: Kept::All, positions: terms.positions[layer].clone() })
+    Draft { planned, count: planned, wanted: Wanted::All }
 }
 
 /// A layer that reads another one's cache has the other one's rows.
@@ -286,26 +334,20 @@ fn check_count(layer: usize, raw: &KvhLayerPlan, terms: &Terms<'_>) -> Result<()
 
 /// # Safety
 /// As [`check`].
-unsafe fn select(layer: usize, raw: &KvhLayerPlan, terms: &Terms<'_>) -> Result<LayerPlan, Refusal> {
-    let length = terms.lengths[layer];
+unsafe fn select(layer: usize, raw: &KvhLayerPlan, terms: &Terms<'_>) -> Result<Draft, Refusal> {
+    let planned = terms.lengths[layer];
     let untouched = raw.count == 0 && raw.ranges.is_null() && raw.indices.is_null();
-    if untouched && terms.bound[layer] == length {
-        return whole(layer, terms);
+    if untouched && terms.bound[layer] == planned {
+        return Ok(whole(layer, terms));
     }
     check_count(layer, raw, terms)?;
-    // SAFETY: passed on from the caller.
-    let kept = unsafe {
-        match (raw.ranges.is_null(), raw.indices.is_null()) {
-            (false, true) => Kept::Ranges(copy_ranges(raw, length)?),
-            (true, false) => Kept::Rows(copy_rows(layer, raw, terms)?),
-            _ => return bad_plan("a select gives `ranges` or `indices`, exactly one of them"),
-        }
+    let wanted = match (raw.ranges.is_null(), raw.indices.is_null()) {
+        // SAFETY: passed on from the caller; ranges stand in ordinary memory, whatever the device.
+        (false, true) => Wanted::Ranges(unsafe { copy_ranges(raw, planned)? }),
+        (true, false) => Wanted::Rows(list("indices", raw.indices, raw.index_stride_head, layer, raw.count, terms)?),
+        _ => return bad_plan("a select gives `ranges` or `indices`, exactly one of them"),
     };
-    if u64::from(raw.count) == length {
-        return whole(layer, terms);
-    }
-    let positions = positions_of(layer, &kept, raw.count as usize, terms)?;
-    Ok(LayerPlan { planned: length, count: raw.count.into(), kept, positions })
+    Ok(Draft { planned, count: raw.count.into(), wanted })
 }
 
 /// # Safety
@@ -342,107 +384,41 @@ unsafe fn copy_ranges(raw: &KvhLayerPlan, length: u64) -> Result<Vec<KvhRange>, 
     Ok(ranges)
 }
 
-/// # Safety
-/// `raw.indices` points to `raw.count` indices for each head.
-unsafe fn copy_rows(layer: usize, raw: &KvhLayerPlan, terms: &Terms<'_>) -> Result<KeptRows, Refusal> {
-    let heads = terms.model.layers()[layer].kv_heads as usize;
-    // SAFETY: passed on from the caller.
-    let (data, stride_head) =
-        unsafe { copy_u32s("indices", raw.indices, raw.index_stride_head, heads, raw.count as usize, terms)? };
-    let rows = KeptRows { data, stride_head, count: raw.count as usize };
-    check_indices(&rows.indices(), heads, terms.lengths[layer] as usize)
-        .map_err(|bad| Refusal::new(KVHOOK_REASON_BAD_INDEX, bad.to_string()))?;
-    Ok(rows)
-}
-
-/// Copies `count` numbers of each head. Gives them with their stride: 0 when heads share them.
-///
-/// # Safety
-/// `data` is null or points to `count` numbers for each head.
-unsafe fn copy_u32s(
+/// A list of a plan, whose address and stride are possible.
+fn list(
     name: &str,
     data: *const u32,
     stride_head: i64,
-    heads: usize,
-    count: usize,
+    layer: usize,
+    count: u32,
     terms: &Terms<'_>,
-) -> Result<(U32s, usize), Refusal> {
+) -> Result<List, Refusal> {
+    let heads = terms.model.layers()[layer].kv_heads as usize;
+    let count = count as usize;
     let stride = usize::try_from(stride_head).ok();
     let reach = stride.and_then(|stride| stride.checked_mul(heads)).and_then(|reach| reach.checked_add(count));
-    let Some(stride) = stride.filter(|_| reach.is_some_and(|reach| reach <= isize::MAX as usize / size_of::<u32>()))
+    let Some(stride_head) =
+        stride.filter(|_| reach.is_some_and(|reach| reach <= isize::MAX as usize / size_of::<u32>()))
     else {
         return bad_plan(format!("the stride over heads of `{name}` is {stride_head}; expected 0 or more, in range"));
     };
     if data.is_null() || !data.is_aligned() {
         return bad_plan(format!("`{name}` is null or misaligned"));
     }
-    let lists = if stride == 0 { 1 } else { heads };
-    let copy = U32s::filled(terms.allocator, lists * count, terms.stream, "a copy of a plan", |copy| {
-        for (head, list) in copy.chunks_exact_mut(count).enumerate() {
-            // SAFETY: not null, aligned, and the caller vouches for `count` numbers of each head.
-            list.copy_from_slice(unsafe { core::slice::from_raw_parts(data.add(head * stride), count) });
-        }
-    })?;
-    Ok((copy, if stride == 0 { 0 } else { count }))
+    Ok(List { data, stride_head, lists: if stride_head == 0 { 1 } else { heads }, count })
 }
 
-/// Positions of the rows that a select keeps.
-fn positions_of(layer: usize, kept: &Kept, count: usize, terms: &Terms<'_>) -> Result<Positions, Refusal> {
-    let old = &terms.positions[layer];
-    let (length, next_position) = (terms.lengths[layer], terms.next_position);
-    let heads = terms.model.layers()[layer].kv_heads as usize;
-    let position = |head, row: u32| old.of(head, row as usize, length, next_position) as u32;
-    let filled = |shared: bool, row: &dyn Fn(usize, usize) -> u32| {
-        let heads = if shared && old.heads_agree() { 1 } else { heads };
-        Positions::filled(heads, count, terms.allocator, terms.stream, |head, place| position(head, row(head, place)))
-    };
-    let positions = match kept {
-        Kept::Rows(rows) => filled(rows.stride_head == 0, &|head, place| rows.of(head)[place]),
-        Kept::Ranges(ranges) => {
-            let rows: Vec<u32> =
-                ranges.iter().flat_map(|range| range.start as u32..(range.start + range.length) as u32).collect();
-            filled(true, &|_, place| rows[place])
-        }
-        Kept::All | Kept::Lent(_) => return Ok(old.clone()),
-    };
-    Ok(positions?)
-}
-
-/// # Safety
-/// As [`check`].
-unsafe fn rewrite(
-    layer: usize,
-    raw: &KvhLayerPlan,
-    lent: Option<LentLayer>,
-    limit: u64,
-    terms: &Terms<'_>,
-) -> Result<LayerPlan, Refusal> {
+fn rewrite(layer: usize, raw: &KvhLayerPlan, lent: Option<LentLayer>, terms: &Terms<'_>) -> Result<Draft, Refusal> {
     check_count(layer, raw, terms)?;
     let Some(lent) = lent else {
         return bad_plan("a rewrite, but no rows were lent (kvh.rows/1)");
     };
-    let heads = terms.model.layers()[layer].kv_heads as usize;
-    let count = raw.count as usize;
-    // SAFETY: passed on from the caller.
-    let (table, stride_head) =
-        unsafe { copy_u32s("positions", raw.positions, raw.position_stride_head, heads, count, terms)? };
-    for (head, list) in table.as_slice().chunks_exact(count).enumerate() {
-        let mut before = 0;
-        for (place, &position) in list.iter().enumerate() {
-            if position < before || u64::from(position) >= limit {
-                return Err(Refusal::new(
-                    KVHOOK_REASON_BAD_POSITION,
-                    format!(
-                        "head {head}, place {place}: position {position} follows {before}; expected ascending order, \
-                         below {limit}"
-                    ),
-                ));
-            }
-            before = position;
-        }
-    }
-    let positions = Positions::new(table, stride_head, count);
-    Ok(LayerPlan { planned: terms.lengths[layer], count: raw.count.into(), kept: Kept::Lent(lent), positions })
+    let positions = list("positions", raw.positions, raw.position_stride_head, layer, raw.count, terms)?;
+    Ok(Draft {
+        planned: terms.lengths[layer],
+        count: raw.count.into(),
+        wanted: Wanted::Lent(Box::new(lent), positions),
+    })
 }
 
 /// The kept blocks of each layer, if the plan keeps whole blocks that are the same for all heads, and leaving out the
@@ -473,7 +449,7 @@ fn kept_blocks(layer: &LayerPlan, size: u64) -> Option<Vec<u32>> {
     match &layer.kept {
         Kept::All => Some((0..last).collect()),
         Kept::Rows(_) | Kept::Lent(_) => None,
-        Kept::Ranges(ranges) => {
+        Kept::Ranges(ranges, _) => {
             // Appended rows stand behind the planned ones, in a last block that is only partly planned.
             let end = ranges.last().map_or(0, |range| range.start + range.length);
             if !layer.planned.is_multiple_of(size) && end != layer.planned {

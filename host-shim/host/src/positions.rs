@@ -1,8 +1,6 @@
 //! Which position each stored row stands for.
 
 use core::ffi::c_void;
-use std::sync::Arc;
-
 use kvhook_abi::raw::KvhPositions;
 
 use crate::error::HostError;
@@ -13,7 +11,7 @@ use crate::memory::{Allocator, U32s};
 /// that are under way share them.
 #[derive(Clone, Default)]
 pub struct Positions {
-    table: Option<Arc<U32s>>,
+    table: Option<U32s>,
     stride_head: usize,
     count: usize,
 }
@@ -21,10 +19,10 @@ pub struct Positions {
 impl Positions {
     /// A table: head `h`'s `count` positions start at `h * stride_head`; 0: heads agree.
     pub fn new(table: U32s, stride_head: usize, count: usize) -> Self {
-        Self { table: Some(Arc::new(table)), stride_head, count }
+        Self { table: Some(table), stride_head, count }
     }
 
-    /// A table of `count` rows for each of `heads` heads (1: heads agree), filled by `position(head, row)`.
+    /// A table in ordinary memory of `count` rows for each of `heads` heads (1: heads agree), filled by `position(head, row)`.
     ///
     /// # Errors
     /// `OutOfMemory`.
@@ -53,7 +51,7 @@ impl Positions {
         self.stride_head == 0
     }
 
-    /// Position of a row in a layer of `length` rows.
+    /// Position of a row in a layer of `length` rows, where the table lies in ordinary memory.
     pub fn of(&self, head: usize, row: usize, length: u64, next_position: u64) -> u64 {
         match self.head(head).get(row) {
             Some(&position) => position.into(),
@@ -69,7 +67,7 @@ impl Positions {
         }
     }
 
-    /// The largest position in the table, of `heads` heads.
+    /// The largest position in the table, of `heads` heads; none where it lies on a device.
     pub fn last(&self, heads: usize) -> Option<u32> {
         (0..if self.heads_agree() { 1 } else { heads }).filter_map(|head| self.head(head).last().copied()).max()
     }
@@ -77,9 +75,16 @@ impl Positions {
     /// As plugins and engines see it. Valid as long as the value or a clone of it.
     pub fn raw(&self) -> KvhPositions {
         KvhPositions {
-            data: self.table.as_ref().map_or(core::ptr::null(), |table| table.as_slice().as_ptr()),
+            data: self.table.as_ref().map_or(core::ptr::null(), |table| table.data().cast_const()),
             stride_head: self.stride_head as i64,
             count: self.count as u64,
+        }
+    }
+
+    /// The table goes back in the order of this stream, in which it was used last.
+    pub fn release_on(&self, stream: *mut c_void) {
+        if let Some(table) = &self.table {
+            table.release_on(stream);
         }
     }
 

@@ -10,6 +10,7 @@ use kvhook_abi::raw::*;
 
 use crate::arm::Generation;
 use crate::ask::{Ask, may_compress, raw_segments};
+use crate::device::Queue;
 use crate::error::HostError;
 use crate::figures::Timed;
 use crate::host::{Host, hook_name};
@@ -26,6 +27,9 @@ use crate::view::{self, Layers};
 
 /// Room for a plan's sentence about its reason, in bytes.
 const MESSAGE_BYTES: usize = 512;
+
+/// Why the other ranks keep where one does.
+const OTHER: KvhookReason = KVHOOK_REASON_OTHER_RANK;
 
 /// A sequence to prepare on one rank.
 pub struct PrepareRequest {
@@ -117,7 +121,7 @@ impl Host {
         if !state.live || state.ticket.as_ref().is_some_and(Ticket::is_committing) {
             return;
         }
-        let ticket = self.fail(&sequence, &mut state, rank, event, next_position);
+        let ticket = self.fail(&sequence, &mut state, rank, event, next_position, OTHER);
         drop(state);
         drop(ticket);
         self.fell_back(&sequence, hook_name(event), &Refusal::new(KVH_REASON_UNSUPPORTED, why.to_string()));
@@ -158,7 +162,7 @@ impl Host {
         }
         state.failed = None;
         if let Some(reason) = state.broken {
-            let ticket = self.fail(&sequence, &mut state, rank, event, next_position);
+            let ticket = self.fail(&sequence, &mut state, rank, event, next_position, OTHER);
             drop(state);
             drop((ticket, stale));
             return Err(reason);
@@ -191,7 +195,7 @@ impl Host {
                 Ok((generation, member))
             }
             Err(refusal) => {
-                let ticket = self.fail(&sequence, &mut state, rank, event, next_position);
+                let ticket = self.fail(&sequence, &mut state, rank, event, next_position, OTHER);
                 drop(state);
                 drop((ticket, stale));
                 self.fell_back(&sequence, hook_name(event), &refusal);
@@ -239,14 +243,15 @@ impl Host {
         Ok(counts.unwrap_or_default())
     }
 
-    /// This rank keeps: the ticket is dropped, and ranks that come later keep, too.
-    fn fail(
+    /// This rank keeps: the ticket is dropped for a reason, and ranks that come later keep, too.
+    pub(crate) fn fail(
         &self,
         sequence: &Sequence,
         state: &mut State,
         rank: usize,
         event: Event,
         planned_position: u64,
+        reason: KvhookReason,
     ) -> Option<Ticket> {
         let mut told = vec![false; state.ranks.len()];
         if let Some(ticket) = &state.ticket {
@@ -256,7 +261,7 @@ impl Host {
         }
         told[rank] = true;
         state.failed = Some(Failed { event, planned_position, told });
-        self.close(sequence, state, KVHOOK_REASON_OTHER_RANK)
+        self.close(sequence, state, reason)
     }
 
     /// Calls one instance for all its sequences and settles what it answered.
@@ -272,6 +277,20 @@ impl Host {
         stream: *mut c_void,
         prepared: &mut [Prepared],
     ) {
+        let queue = match self.devices[rank].queue(stream) {
+            Ok(queue) => queue,
+            Err(error) => {
+                let reason =
+                    if matches!(error, HostError::Device(_)) { KVHOOK_REASON_DEVICE } else { KVH_REASON_UNSUPPORTED };
+                let refusal = Refusal::new(reason, error.to_string());
+                self.callbacks.log(KVH_LOG_WARN, format_args!("rank {rank}: {}", refusal.message));
+                for member in &members {
+                    let refusal = Refusal::new(refusal.reason, refusal.message.clone());
+                    prepared[member.place].reason = self.give_up(rank, member, refusal);
+                }
+                return;
+            }
+        };
         let of_rank = &generation.ranks[rank];
         let mut instance = of_rank.instance.lock();
         let mut asked = Vec::with_capacity(members.len());
@@ -285,7 +304,7 @@ impl Host {
             return;
         }
         // SAFETY: passed on from the caller.
-        let answers = unsafe { self.call_plugin(rank, generation, &mut instance, event, &asked, stream) };
+        let answers = unsafe { self.call_plugin(rank, generation, &mut instance, event, &asked, (stream, &queue)) };
         drop(instance);
         for (member, answer) in asked.iter().zip(answers) {
             prepared[member.place] = match answer.and_then(|held| self.hold(rank, member, held)) {
@@ -356,7 +375,7 @@ impl Host {
         instance: &mut Instance,
         event: Event,
         members: &[Member<'_>],
-        stream: *mut c_void,
+        (stream, queue): (*mut c_void, &Queue<'_>),
     ) -> Vec<Result<Held, Refusal>> {
         let of_rank = &generation.ranks[rank];
         let layers: Vec<Vec<KvhLayer>> = members.iter().map(layers_with_positions).collect();
@@ -417,7 +436,7 @@ impl Host {
         let mut answers = Vec::with_capacity(members.len());
         for (place, (member, of_call)) in members.iter().zip(call.sequences).enumerate() {
             let Some(planning) = of_call.planning else { continue };
-            let terms = self.terms(rank, generation, member, stream);
+            let terms = self.terms(rank, generation, member, stream, queue);
             // The arrays' addresses are ours, whatever the plugin wrote over them.
             // SAFETY: the plugin answered, so its plans point to what the contract says.
             let plan = unsafe { plan::check(&plans[place], &layer_plans[place], planning.lent, &terms) };
@@ -442,6 +461,7 @@ impl Host {
         generation: &'a Generation,
         member: &'a Member<'_>,
         stream: *mut c_void,
+        queue: &'a Queue<'a>,
     ) -> Terms<'a> {
         Terms {
             model: &self.models[rank],
@@ -449,13 +469,16 @@ impl Host {
             lengths: &member.lengths,
             bound: &member.counts,
             next_position: member.request.next_position,
+            layers: &member.request.layers,
             positions: &member.positions,
+            fresh: member.request.fresh,
             can: self.offers.can,
             must: generation.needs.must,
             block_size: self.offers.block_size.into(),
             shared_rows: member.request.shared_rows,
             allocator: self.allocator(rank),
             stream,
+            queue,
         }
     }
 
@@ -484,7 +507,7 @@ impl Host {
             return reason;
         }
         let request = member.request;
-        let ticket = self.fail(&member.sequence, &mut state, rank, request.event, request.next_position);
+        let ticket = self.fail(&member.sequence, &mut state, rank, request.event, request.next_position, OTHER);
         drop(state);
         drop(ticket);
         self.fell_back(&member.sequence, hook_name(request.event), &refusal);

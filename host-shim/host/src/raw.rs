@@ -61,7 +61,7 @@ pub const KVHOOK_ERR_NEED_NOT_OFFERED: KvhookStatus = 152;
 pub const KVHOOK_ERR_CREATE: KvhookStatus = 153;
 /// The plugin panicked while it was created.
 pub const KVHOOK_ERR_CREATE_PANIC: KvhookStatus = 154;
-/// The plugin does not support this model, device or dtype.
+/// This model, device or dtype is not supported, by a plugin or by the host.
 pub const KVHOOK_ERR_UNSUPPORTED: KvhookStatus = 155;
 
 /// An argument is null, too small or out of range.
@@ -88,6 +88,8 @@ pub const KVHOOK_ERR_FORK_REFUSED: KvhookStatus = 209;
 pub const KVHOOK_ERR_INTERNAL: KvhookStatus = 210;
 /// A text buffer is too small; its `length` says what is needed.
 pub const KVHOOK_ERR_BUFFER_TOO_SMALL: KvhookStatus = 211;
+/// A device's driver reports an error, which may come from any work before: the context may be lost.
+pub const KVHOOK_ERR_DEVICE: KvhookStatus = 212;
 
 /// Why a sequence stays as it is: `KVH_REASON_*`, or one of these.
 pub type KvhookReason = i32;
@@ -115,6 +117,8 @@ pub const KVHOOK_REASON_DROPPED: KvhookReason = 109;
 pub const KVHOOK_REASON_DISABLED: KvhookReason = 110;
 /// The sequence is shorter than the arm's `min_tokens`.
 pub const KVHOOK_REASON_MIN_TOKENS: KvhookReason = 111;
+/// A device's driver reported an error.
+pub const KVHOOK_REASON_DEVICE: KvhookReason = 112;
 
 /// A host. All functions may be called from any thread unless they say otherwise.
 pub struct KvhookHost {
@@ -134,7 +138,7 @@ pub struct KvhookCallbacks {
     /// The lowest importance that is wanted, `KVH_LOG_*`. Null: `KVH_LOG_INFO`.
     pub log_max_level: Option<unsafe extern "C" fn(context: *mut c_void) -> i32>,
     /// Memory of a rank's device, in the stream's order; null when it is refused. Null function: the
-    /// host's own heap (CPU only).
+    /// host's own heap (CPU only). It must not wait for the device.
     pub allocate: Option<
         unsafe extern "C" fn(
             context: *mut c_void,
@@ -170,8 +174,8 @@ pub struct KvhookHostConfig {
     pub models: KvhArray,
     /// What the engine offers. Copied.
     pub offers: *const KvhOffers,
-    /// `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in
-    /// order. Empty: `KVHOOK_PLUGIN_PATH`, or the program's folder, `deps` in it and `../lib/kvhook/plugins` beside it.
+    /// `KvhStr` elements: folders in which plugins are looked up and from which paths are allowed, in order. Empty:
+    /// `KVHOOK_PLUGIN_PATH`, or `deps` in the program's folder, that folder and `../lib/kvhook/plugins` beside it.
     pub plugin_folders: KvhArray,
     /// Folder for private copies, made with mode 0700. Empty: `kvhook/plugins` in the user's cache folder.
     pub copy_folder: KvhStr,

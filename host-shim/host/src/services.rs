@@ -312,6 +312,7 @@ unsafe fn answer(
     match failure {
         HostError::OutOfMemory { .. } => KVH_ERR_OUT_OF_MEMORY,
         HostError::Unsupported(_) => KVH_ERR_UNSUPPORTED,
+        HostError::Device(_) => KVH_ERR_DEVICE,
         HostError::Internal(_) => KVH_ERR_INTERNAL,
         _ => KVH_ERR_INVALID_ARGUMENT,
     }

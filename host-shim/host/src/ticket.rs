@@ -1,12 +1,14 @@
 //! Tickets: plans that were made and checked, until they are carried out or dropped.
 
+use core::ffi::c_void;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use kvhook_abi::raw::KVH_REASON_NO_ROOM;
 
+use crate::device::Checked;
 use crate::error::HostError;
-use crate::host::Host;
+use crate::host::{Host, hook_name};
 use crate::instance::Event;
 use crate::memory::Block;
 use crate::plan::{Kept, Plan, Refusal};
@@ -74,6 +76,25 @@ pub struct Held {
     pub memory: Vec<Block>,
 }
 
+impl Held {
+    /// What it holds goes back in the order of this stream, in which it was used last.
+    pub fn release_on(&self, stream: *mut c_void) {
+        self.plan.check.release_on(stream);
+        self.plan.layers.iter().for_each(|layer| layer.release_on(stream));
+        self.memory.iter().for_each(|block| block.release_on(stream));
+    }
+}
+
+/// What all ranks' devices say of an open ticket.
+pub(crate) enum Settled {
+    /// Some have not said it yet, or some rank has no plan yet.
+    Pending,
+    /// Every plan is good.
+    Ready,
+    /// One is not. The ticket was taken from the sequence; it is to be dropped without the lock.
+    Dropped(KvhookReason, Option<Ticket>),
+}
+
 /// An attempt that failed, which other ranks may still come to.
 pub struct Failed {
     /// What it was made for.
@@ -87,7 +108,7 @@ pub struct Failed {
 /// State of a ticket, as the engine asks for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Some rank has not prepared yet.
+    /// Some rank has not prepared yet, or its device has not checked the plan.
     Pending,
     /// Every rank may commit.
     Ready {
@@ -203,8 +224,15 @@ impl Host {
             Err(HostError::Dropped { reason, .. }) => return Ok(Verdict::Dropped(reason)),
             Err(error) => return Err(error),
         };
-        let state = sequence.state.lock();
+        let mut state = sequence.state.lock();
+        let settled = self.settle(&sequence, &mut state, id);
+        if let Settled::Dropped(reason, ticket) = settled {
+            drop(state);
+            drop(ticket);
+            return Ok(Verdict::Dropped(reason));
+        }
         match &state.ticket {
+            Some(ticket) if ticket.id == id && matches!(settled, Settled::Pending) => Ok(Verdict::Pending),
             Some(ticket) if ticket.id == id => Ok(verdict_of(ticket)),
             // It was closed between the two locks.
             _ => match self.tickets.lock().find(id) {
@@ -212,6 +240,30 @@ impl Host {
                 _ => Err(HostError::UnknownTicket(id)),
             },
         }
+    }
+
+    /// Reads what the ranks' devices have said so far. Never waits. A plan that is not good is a fallback, and ends the
+    /// ticket.
+    pub(crate) fn settle(&self, sequence: &Sequence, state: &mut State, id: u64) -> Settled {
+        let Some(ticket) = state.ticket.as_ref().filter(|ticket| ticket.id == id) else { return Settled::Pending };
+        // What was good before the first rank began to commit stays good.
+        if ticket.is_committing() {
+            return Settled::Ready;
+        }
+        let mut settled = if ticket.movement.is_some() { Settled::Ready } else { Settled::Pending };
+        let mut bad = None;
+        for (rank, held) in ticket.ranks.iter().enumerate() {
+            match held.held().map(|held| held.plan.check.poll()) {
+                Some(Checked::Bad(refusal)) if bad.is_none() => bad = Some((rank, refusal)),
+                Some(Checked::Pending) => settled = Settled::Pending,
+                _ => {}
+            }
+        }
+        let Some((rank, refusal)) = bad else { return settled };
+        let (event, position) = (ticket.event, ticket.planned_position);
+        let ticket = self.fail(sequence, state, rank, event, position, refusal.reason);
+        self.log_fallback(sequence, hook_name(event), &refusal);
+        Settled::Dropped(refusal.reason, ticket)
     }
 
     /// Drops a ticket.
@@ -247,7 +299,9 @@ impl Host {
         let sequence = self.tickets.lock().find(id)?;
         let state = sequence.state.lock();
         let ticket = state.ticket.as_ref().filter(|ticket| ticket.id == id).ok_or(HostError::UnknownTicket(id))?;
-        let movement = ticket.movement.ok_or(HostError::NotReady(id))?;
+        let good = |rank: &RankTicket| rank.held().is_some_and(|held| matches!(held.plan.check.poll(), Checked::Good));
+        let good = ticket.ranks.iter().all(good);
+        let movement = ticket.movement.filter(|_| good).ok_or(HostError::NotReady(id))?;
         let held = ticket.ranks.iter().find_map(RankTicket::held);
         match held.and_then(|held| held.plan.table.as_ref()).filter(|_| movement == KVHOOK_MOVE_TABLE) {
             Some(table) => give(table),

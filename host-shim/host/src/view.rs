@@ -44,15 +44,17 @@ impl Layers {
                 model.layers().len()
             )));
         }
-        let checked = (0..layers.len()).map(|index| {
+        // Collecting results would not reserve.
+        let mut checked = Vec::with_capacity(layers.len());
+        for index in 0..layers.len() {
             let mut layer: KvhLayer = layers.get(index)?;
             layer.struct_size = size_of::<KvhLayer>();
             layer.positions = KvhPositions { data: core::ptr::null(), stride_head: 0, count: 0 };
             check(&layer, index, model, block_size)
                 .map_err(|problem| HostError::View { layer: index as u32, problem })?;
-            Ok(layer)
-        });
-        Ok(Self(checked.collect::<Result<_, HostError>>()?))
+            checked.push(layer);
+        }
+        Ok(Self(checked))
     }
 
     /// Rows that are stored in each layer.
@@ -87,14 +89,36 @@ impl Layers {
 /// As [`Layers::rows`].
 pub unsafe fn rows(layer: &KvhLayer) -> Result<LayerRows, HostError> {
     let refuse = |problem: String| HostError::View { layer: layer.layer, problem };
+    let mut layer = copy(layer);
+    for (name, rows) in [("k", &mut layer.k), ("v", &mut layer.v)] {
+        if rows.dtype.bits == 8 && !rows.base.is_null() {
+            *rows = in_pairs(rows).ok_or_else(|| {
+                refuse(format!(
+                    "`{name}` has elements of one byte; expected an even head_dim, adjacent elements, and rows and strides \
+                     at even addresses"
+                ))
+            })?;
+        }
+    }
     // SAFETY: passed on from the caller.
-    let view = unsafe { LayerView::from_raw(copy(layer), 0) };
+    let view = unsafe { LayerView::from_raw(layer, 0) };
     let k = view.k().map_err(|error| refuse(error.to_string()))?;
     let v = match view.v_inside_k() {
         true => None,
         false => Some(view.v().map_err(|error| refuse(error.to_string()))?),
     };
     Ok(LayerRows { k, v })
+}
+
+/// Rows of one-byte elements as rows of half as many two-byte ones: what is moved is the same.
+fn in_pairs(rows: &KvhRows) -> Option<KvhRows> {
+    let strides = [rows.stride_token, rows.stride_head, rows.stride_block];
+    let even = rows.head_dim.is_multiple_of(2) && (rows.base as usize).is_multiple_of(2);
+    if !even || rows.stride_element != 1 || strides.iter().any(|stride| stride % 2 != 0) {
+        return None;
+    }
+    let dtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 16, lanes: 1 };
+    Some(KvhRows { stride_element: 2, head_dim: rows.head_dim / 2, dtype, ..*rows })
 }
 
 /// A copy of a description.

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::plugin::{Script, Style};
-use common::{BF16, Engine, F16, F32, SMALL, Shape};
+use common::{BF16, Engine, F16, F32, FP8, SMALL, Shape};
 use kvhook_abi::raw::*;
 use kvhook_host::raw::*;
 use kvhook_host::spec::{ArmSpec, LayerSet};
@@ -15,10 +15,10 @@ const DONE: i32 = KVHOOK_EVENT_PREFILL_DONE;
 
 fn shapes() -> Vec<Shape> {
     let mut shapes = Vec::new();
-    for (dtype, ranks) in [(F32, 1), (F16, 2), (BF16, 3)] {
+    for (dtype, ranks, v_dim) in [(F32, 1, 3), (F16, 2, 3), (BF16, 3, 3), (FP8, 2, 6)] {
         for block_size in [0, 4] {
             for token_major in [true, false] {
-                shapes.push(Shape { dtype, ranks, block_size, token_major, ..SMALL });
+                shapes.push(Shape { dtype, ranks, block_size, token_major, v_dim, ..SMALL });
             }
         }
     }
@@ -29,6 +29,10 @@ fn shapes() -> Vec<Shape> {
 fn rows_and_positions_after_many_commits_late_or_not() {
     for shape in shapes() {
         for style in [Style::Heads, Style::Shared, Style::Ranges, Style::Rewrite] {
+            // Elements of one byte have no values that a plugin may write.
+            if style == Style::Rewrite && shape.dtype == FP8 {
+                continue;
+            }
             for fresh in [false, true] {
                 let script = Arc::new(Script { style: style.into(), ..Script::default() });
                 let engine = Engine::with(shape, &script);

@@ -120,7 +120,7 @@ fn what_a_plugin_writes_after_its_call_changes_nothing() {
 fn hooks_that_fail() {
     for (status, reason) in [
         (KVH_ERR_INTERNAL, KVHOOK_REASON_PLUGIN_ERROR),
-        (KVH_ERR_DEVICE, KVHOOK_REASON_PLUGIN_ERROR),
+        (KVH_ERR_DEVICE, KVHOOK_REASON_DEVICE),
         (KVH_ERR_OUT_OF_MEMORY, KVHOOK_REASON_OUT_OF_MEMORY),
         (4711, KVHOOK_REASON_PLUGIN_ERROR),
     ] {

@@ -158,8 +158,21 @@ impl Cache {
         cache
     }
 
-    pub fn rows(&mut self) -> Rows {
-        let table = (self.shape.block_size > 0).then(|| {
+    /// Where row 0 of head 0 of block 0 is in `bytes`.
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub fn table_bytes(&self) -> &[u8] {
+        &self.table_bytes
+    }
+
+    pub fn table(&self) -> Option<BlockTable> {
+        (self.shape.block_size > 0).then(|| {
             let blocks = self.shape.capacity.div_ceil(self.shape.block_size);
             BlockTable {
                 data: self.table_bytes.as_ptr(),
@@ -167,7 +180,11 @@ impl Cache {
                 stride_head: if self.shape.table_per_head { blocks as isize } else { 0 },
                 blocks,
             }
-        });
+        })
+    }
+
+    pub fn rows(&mut self) -> Rows {
+        let table = self.table();
         // SAFETY: the rows lie inside `bytes`; the tests use views and bytes in turns.
         unsafe { Rows::new(self.bytes.as_mut_ptr().wrapping_add(self.start), self.layout, table) }.unwrap()
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use kvhook_abi::config::{ConfigError, ConfigValue, JsonValue, layer_range};
 use kvhook_abi::model::RopePairing;
+use kvhook_abi::raw::KVH_DEVICE_CUDA;
 use kvhook_abi::view::Segments;
 use kvhook_abi::{Can, CreateContext, ModelInfo, PluginError};
 use kvhook_mlp_weights::{ImageOrder, OpenOptions, Pairing, Terms, Weights};
@@ -176,17 +177,15 @@ pub fn open(config: &Config, context: &CreateContext<'_>) -> Result<(Settings, W
 }
 
 fn check_device(model: &ModelInfo) -> Result<(), PluginError> {
-    if !model.on_cpu() {
+    let on_cuda = cfg!(feature = "cuda") && model.device_type == KVH_DEVICE_CUDA;
+    if !model.on_cpu() && !on_cuda {
+        let device = model.device_type;
+        let cuda = if cfg!(feature = "cuda") { " and on CUDA devices (2)" } else { ", built without CUDA" };
         return Err(PluginError::Unsupported(format!(
-            "the cache lies on a device of type {}; mlp-decouple works on caches in ordinary memory (type 1)",
-            model.device_type
+            "the cache lies on a device of type {device}; mlp-decouple works on caches in ordinary memory (1){cuda}"
         )));
     }
-    if kvhook_abi::view::dtype(model.cache_dtype).is_none() {
-        let found = kvhook_abi::view::dtype_name(model.cache_dtype);
-        return Err(PluginError::Unsupported(format!("the cache is {found}; mlp-decouple works on f32, f16 and bf16")));
-    }
-    Ok(())
+    model.dtype().map(|_| ())
 }
 
 /// Compares the file with the model: its shapes, and what it says that it was trained for.

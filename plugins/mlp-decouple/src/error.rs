@@ -73,9 +73,8 @@ pub enum Kept {
     Plugin(#[from] PluginError),
 }
 
-impl Kept {
-    /// The number that the host counts.
-    pub fn reason(&self) -> Reason {
+impl kvhook_abi::tasks::Kept for Kept {
+    fn reason(&self) -> Reason {
         match self {
             Self::TooShort { .. } => Reason::TooShort,
             Self::NoGain { .. } => Reason::NoGain,

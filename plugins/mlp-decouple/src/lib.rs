@@ -3,16 +3,20 @@
 //! * its config, checked against model and weight file: [`config`];
 //! * the packed weights, once for all instances of a process: [`mlps`];
 //! * which rows are compressed, and what stands at each place afterwards: [`stretches`];
-//! * the plans, in parallel over sequences, layers, K and V: [`plan`].
+//! * the plans, in parallel over sequences, layers, K and V: [`plan`];
+//! * the same on a CUDA device: `on_device`, behind the feature `cuda`.
 
 pub mod config;
 pub mod error;
 pub mod mlps;
+#[cfg(feature = "cuda")]
+pub mod on_device;
 pub mod plan;
 pub mod stretches;
 
 use std::sync::Arc;
 
+use kvhook_abi::tasks::Kept as _;
 use kvhook_abi::{
     Bound, BoundArgs, Call, Can, CreateContext, Hooks, Needs, Plugin, PluginError, Requests, export_plugin,
 };
@@ -25,7 +29,14 @@ use crate::stretches::PositionRule;
 /// One instance.
 pub struct MlpDecouple {
     settings: Settings,
-    mlps: Arc<Mlps>,
+    place: Place,
+}
+
+/// Where the cache lies, and with it the weights.
+enum Place {
+    Memory(Arc<Mlps>),
+    #[cfg(feature = "cuda")]
+    Device(Arc<on_device::OnDevice>),
 }
 
 impl Plugin for MlpDecouple {
@@ -37,7 +48,12 @@ impl Plugin for MlpDecouple {
 
     fn create(context: &CreateContext<'_>, config: Config) -> Result<Self, PluginError> {
         let (settings, weights) = config::open(&config, context)?;
-        Ok(Self { settings, mlps: Mlps::shared(&weights)? })
+        let place = match context.model.on_cpu() {
+            #[cfg(feature = "cuda")]
+            false => Place::Device(on_device::OnDevice::shared(context, &settings, &weights)?),
+            _ => Place::Memory(Mlps::shared(&weights)?),
+        };
+        Ok(Self { settings, place })
     }
 
     fn needs(&self) -> Needs {
@@ -65,7 +81,11 @@ impl Plugin for MlpDecouple {
     }
 
     fn on_prefill_done(&mut self, call: &Call<'_>, requests: Requests<'_>) -> Result<(), PluginError> {
-        Planner { settings: &self.settings, mlps: &self.mlps }.fill(call, requests)
+        match &self.place {
+            Place::Memory(mlps) => Planner { settings: &self.settings, mlps }.fill(call, requests),
+            #[cfg(feature = "cuda")]
+            Place::Device(device) => device.fill(&self.settings, call, requests),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The packed weights: once for each process, however many instances share them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvhook_kernels::KernelError;
@@ -16,11 +16,11 @@ pub struct Mlps {
     layers: Vec<LayerMlps>,
 }
 
-/// Those of one layer, for K and V of text and of images.
+/// Those of one layer, for K and V of text and of images, as something multiplies with them.
 #[derive(Debug)]
-pub struct LayerMlps {
-    text: [GroupedMlp; 2],
-    image: Option<[GroupedMlp; 2]>,
+pub struct LayerMlps<M = GroupedMlp> {
+    text: [M; 2],
+    image: Option<[M; 2]>,
 }
 
 /// Which tensor of a layer.
@@ -43,10 +43,33 @@ impl Part {
 }
 
 /// SHA-256 of all weights.
-type Hash = [u8; 32];
+pub(crate) type Hash = [u8; 32];
 
-/// What is in use, by its content: the ranks of a model, its arms, and models that share weights.
-static SHARED: Mutex<Option<HashMap<Hash, Weak<Mlps>>>> = Mutex::new(None);
+/// What instances use together: the ranks of a model, its arms, and models that share weights. It goes with its last user.
+pub(crate) struct Shared<K, V>(Mutex<BTreeMap<K, Weak<V>>>);
+
+impl<K: Ord, V> Shared<K, V> {
+    /// Nothing yet.
+    pub(crate) const fn new() -> Self {
+        Self(Mutex::new(BTreeMap::new()))
+    }
+
+    /// Gives what somebody uses under this key, or makes it.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub(crate) fn get_or_make<E>(&self, key: K, make: impl FnOnce() -> Result<V, E>) -> Result<Arc<V>, E> {
+        // Held while making, so that ranks that start together do not make it twice.
+        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.retain(|_, value| value.strong_count() > 0);
+        if let Some(value) = shared.get(&key).and_then(Weak::upgrade) {
+            return Ok(value);
+        }
+        let value = Arc::new(make()?);
+        shared.insert(key, Arc::downgrade(&value));
+        Ok(value)
+    }
+}
 
 impl Mlps {
     /// Packs the weights, or gives those that an instance with the same ones has packed. They go when the last instance
@@ -55,18 +78,12 @@ impl Mlps {
     /// # Errors
     /// As [`GroupedMlp::pack`].
     pub fn shared(weights: &Weights) -> Result<Arc<Self>, KernelError> {
-        let hash = hash(weights);
-        // Held while packing, so that ranks that start together do not pack twice.
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = shared.get_or_insert_default();
-        shared.retain(|_, mlps| mlps.strong_count() > 0);
-        if let Some(mlps) = shared.get(&hash).and_then(Weak::upgrade) {
-            return Ok(mlps);
-        }
-        let layers = weights.layers.iter().map(LayerMlps::pack).collect::<Result<_, _>>()?;
-        let mlps = Arc::new(Self { layers });
-        shared.insert(hash, Arc::downgrade(&mlps));
-        Ok(mlps)
+        static SHARED: Shared<Hash, Mlps> = Shared::new();
+        let pack = |mlp: &Mlp| GroupedMlp::pack(mlp.factor, mlp.head_dim, linear(mlp));
+        SHARED.get_or_make(hash(weights), || {
+            let layers = weights.layers.iter().map(|layer| LayerMlps::pack(layer, pack)).collect::<Result<_, _>>()?;
+            Ok(Self { layers })
+        })
     }
 
     /// Those of one layer.
@@ -80,8 +97,12 @@ impl Mlps {
     }
 }
 
-impl LayerMlps {
-    fn pack(weights: &LayerWeights) -> Result<Self, KernelError> {
+impl<M> LayerMlps<M> {
+    /// Packs each of a layer's MLPs.
+    ///
+    /// # Errors
+    /// Those of `pack`.
+    pub fn pack<E>(weights: &LayerWeights, mut pack: impl FnMut(&Mlp) -> Result<M, E>) -> Result<Self, E> {
         let image = match (&weights.image_k, &weights.image_v) {
             (Some(k), Some(v)) => Some([pack(k)?, pack(v)?]),
             _ => None,
@@ -90,7 +111,7 @@ impl LayerMlps {
     }
 
     /// The one for a kind of stretch and a tensor, if there is one.
-    pub fn get(&self, kind: Kind, part: Part) -> Option<&GroupedMlp> {
+    pub fn get(&self, kind: Kind, part: Part) -> Option<&M> {
         let pair = match kind {
             Kind::Text => &self.text,
             Kind::Image => self.image.as_ref()?,
@@ -102,17 +123,13 @@ impl LayerMlps {
     }
 }
 
-fn pack(mlp: &Mlp) -> Result<GroupedMlp, KernelError> {
-    let layers = [
-        Linear { weight: &mlp.w1, bias: &mlp.b1 },
-        Linear { weight: &mlp.w2, bias: &mlp.b2 },
-        Linear { weight: &mlp.w3, bias: &mlp.b3 },
-    ];
-    GroupedMlp::pack(mlp.factor, mlp.head_dim, layers)
+/// The three layers of an MLP.
+pub(crate) fn linear(mlp: &Mlp) -> [Linear<'_>; 3] {
+    [(&mlp.w1, &mlp.b1), (&mlp.w2, &mlp.b2), (&mlp.w3, &mlp.b3)].map(|(weight, bias)| Linear { weight, bias })
 }
 
 /// Of the values as they are used: a file of another version or pairing with the same ones is the same.
-fn hash(weights: &Weights) -> Hash {
+pub(crate) fn hash(weights: &Weights) -> Hash {
     let mut hash = Sha256::new();
     let mut number = |number: usize| hash.update((number as u64).to_le_bytes());
     number(weights.factor);

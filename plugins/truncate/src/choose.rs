@@ -1,5 +1,7 @@
 //! Which rows of one KV head are kept.
 
+use std::ops::Range;
+
 use kvhook_kernels::sample::{Draw, sample};
 use kvhook_kernels::top_k::top_k;
 use kvhook_kernels::{KernelError, Protected};
@@ -23,6 +25,15 @@ pub fn divide(open: &[u32], length: usize, keep: usize, sinks: usize, recent: us
     // Where the two meet, a row is protected once.
     let first = first.min(open.len());
     Division::new(keep, first, last.min(open.len() - first))
+}
+
+/// As [`divide`], of rows that may be dropped in ascending stretches.
+pub fn divide_stretches(open: &[Range<usize>], length: usize, keep: usize, sinks: usize, recent: usize) -> Division {
+    let last = length.saturating_sub(recent);
+    let before = |row: usize| open.iter().map(|rows| rows.end.min(row).saturating_sub(rows.start)).sum::<usize>();
+    let all = before(length);
+    let first = before(sinks.min(length));
+    Division::new(keep, first, (all - before(last)).min(all - first))
 }
 
 /// Evenly spaced rows: writes sinks, every `h / chosen`-th of the `h` rows of the history, and the recent rows.
@@ -58,6 +69,7 @@ pub fn by_score(
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "one stretch of rows is a list of stretches, too")]
 mod tests {
     use super::*;
 
@@ -72,6 +84,19 @@ mod tests {
         assert_eq!(divide(&all[..6], 6, 5, 4, 5), Division { sinks: 4, recent: 1, chosen: 0 });
         assert_eq!(divide(&all[..3], 3, 2, 4, 5), Division { sinks: 2, recent: 0, chosen: 0 });
         assert_eq!(divide(&[], 20, 0, 4, 3), Division { sinks: 0, recent: 0, chosen: 0 });
+        for (length, keep, sinks, recent) in [(20, 10, 4, 3), (6, 5, 4, 5), (3, 2, 4, 5), (20, 5, 4, 3), (20, 0, 4, 3)]
+        {
+            let divided = divide(&all[..length], length, keep, sinks, recent);
+            let stretches = [0..length];
+            assert_eq!(divide_stretches(&stretches, length, keep, sinks, recent), divided, "{length} {keep} {sinks}");
+        }
+        for (stretches, keep, sinks, recent) in
+            [(vec![4..12], 5, 4, 3), (vec![2..18], 5, 4, 3), (vec![1..3, 6..9, 18..20], 6, 8, 1), (vec![], 0, 4, 3)]
+        {
+            let open: Vec<u32> = stretches.iter().cloned().flatten().map(|row| row as u32).collect();
+            let divided = divide(&open, 20, keep, sinks, recent);
+            assert_eq!(divide_stretches(&stretches, 20, keep, sinks, recent), divided, "{stretches:?}");
+        }
     }
 
     #[test]

@@ -27,6 +27,17 @@ pub enum Kept {
         /// The config's word.
         compressed: &'static str,
     },
+    /// The rows' positions lie on a device, and with them what kinds of tokens the rows stand for.
+    #[error(
+        "layer {layer} was compressed before: which rows segments={compressed} keeps whole is known on a device until the \
+         first compression"
+    )]
+    KindsOnDevice {
+        /// The layer.
+        layer: usize,
+        /// The config's word.
+        compressed: &'static str,
+    },
     /// The sequence has another number of layers than the model.
     #[error("the sequence has {found} layers; the model has {expected}")]
     Layers {
@@ -50,13 +61,12 @@ pub enum Kept {
     Plugin(#[from] PluginError),
 }
 
-impl Kept {
-    /// The number that the host counts.
-    pub fn reason(&self) -> Reason {
+impl kvhook_abi::tasks::Kept for Kept {
+    fn reason(&self) -> Reason {
         match self {
             Self::NothingToDrop(reason) => *reason,
             Self::QueriesMissing { .. } => Reason::QueriesMissing,
-            Self::Plugin(PluginError::Unsupported(_)) => Reason::Unsupported,
+            Self::KindsOnDevice { .. } | Self::Plugin(PluginError::Unsupported(_)) => Reason::Unsupported,
             _ => Reason::Other,
         }
     }

@@ -21,6 +21,13 @@ pub enum Importance {
     Uniform,
 }
 
+impl Importance {
+    /// Whether it depends on the keys' values.
+    pub fn reads_keys(self) -> bool {
+        self != Self::Uniform
+    }
+}
+
 /// Scores each of the first `out.len()` rows of `head`: the larger, the more important.
 ///
 /// # Errors

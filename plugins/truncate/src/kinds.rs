@@ -1,5 +1,7 @@
 //! Which rows may be dropped, by the kind of token that they stand for.
 
+use std::ops::Range;
+
 use kvhook_abi::view::{LayerView, SegmentKind, Segments};
 
 /// The kinds of tokens that are compressed; rows of the others are kept whole.
@@ -11,6 +13,17 @@ pub enum Compressed {
     Image,
     /// Every kind.
     All,
+}
+
+impl Compressed {
+    /// The config's word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Image => "image",
+            Self::All => "both",
+        }
+    }
 }
 
 /// The stretches of one sequence that are compressed.
@@ -79,6 +92,23 @@ impl Kinds {
         })
     }
 
+    /// The stretches of rows that may be dropped, of `length` rows that stand for the last positions before `position`
+    /// without a gap.
+    pub fn of_adjacent(&self, length: usize, position: u64) -> Vec<Range<usize>> {
+        let all = [(0, position)];
+        let stretches = self.stretches.as_deref().unwrap_or(&all);
+        let row = |at: u64| (at + length as u64).saturating_sub(position) as usize;
+        let rows = stretches.iter().map(|&(start, end)| row(start)..row(end)).filter(|rows| !rows.is_empty());
+        let mut joined: Vec<Range<usize>> = Vec::new();
+        for rows in rows {
+            match joined.last_mut() {
+                Some(last) if last.end == rows.start => last.end = rows.end,
+                _ => joined.push(rows),
+            }
+        }
+        joined
+    }
+
     /// The rows of one head that may be dropped, and those that are kept whole, both ascending. `None` when the layer
     /// does not say which position a row stands for.
     pub fn split(&self, layer: &LayerView<'_>, head: usize) -> Option<(Vec<u32>, Vec<u32>)> {
@@ -92,6 +122,7 @@ impl Kinds {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "one stretch of rows is a list of stretches, too")]
 mod tests {
     use super::*;
 
@@ -122,6 +153,17 @@ mod tests {
         assert_eq!(positions(&kinds(Compressed::Image, 20)), [3, 4, 5, 6, 7]);
         assert_eq!(positions(&kinds(Compressed::Image, 7)), [3, 4, 5, 6]);
         assert_eq!(kinds(Compressed::Image, 2).seen(2), 0);
+    }
+
+    #[test]
+    fn rows_of_adjacent_positions_are_stretches() {
+        let text = kinds(Compressed::Text, 20);
+        assert_eq!(text.of_adjacent(20, 20), [0..3, 8..12, 14..20]);
+        // Rows 0 to 15 stand for positions 5 to 19.
+        assert_eq!(text.of_adjacent(15, 20), [3..7, 9..15]);
+        assert_eq!(kinds(Compressed::Image, 20).of_adjacent(15, 20), [0..3]);
+        assert_eq!(kinds(Compressed::Image, 20).of_adjacent(5, 20), []);
+        assert_eq!(kinds(Compressed::All, 20).of_adjacent(15, 20), [0..15]);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Plans for the sequences of one call.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Request, Requests, SequenceView};
+use kvhook_abi::raw::KvhRange;
+use kvhook_abi::tasks::Tasks;
+use kvhook_abi::{LayerView, ModelInfo, Plan, PluginError, Reason, Requests, SequenceView};
 use kvhook_kernels::parallel;
 use kvhook_kernels::sample::Draw;
 use kvhook_kernels::window_attention::WindowQueries;
@@ -12,7 +14,7 @@ use crate::choose::{self, ByScore};
 use crate::config::{History, Settings};
 use crate::error::Kept;
 use crate::importance::{self, Importance};
-use crate::kinds::{Compressed, Kinds};
+use crate::kinds::Kinds;
 use crate::window::Windows;
 
 /// All that plans are made from.
@@ -25,10 +27,39 @@ pub struct Planner<'a> {
     pub windows: Option<&'a Windows>,
 }
 
+/// One layer of a sequence, and what of it is kept.
+pub struct Wished<'a> {
+    /// The layer.
+    pub layer: LayerView<'a>,
+    /// Rows that may be dropped.
+    pub open: Tokens,
+    /// Rows that are kept of those.
+    pub keep: usize,
+    /// Which.
+    pub wish: Wish,
+}
+
+impl Wished<'_> {
+    /// Rows that are kept.
+    pub fn count(&self) -> usize {
+        self.keep + self.open.whole as usize
+    }
+}
+
+/// Which rows of a layer are kept.
+pub enum Wish {
+    /// All.
+    All,
+    /// These, for all heads.
+    Ranges(Vec<KvhRange>),
+    /// By their places.
+    ByPlace,
+    /// By their scores; a draw has the number of the layer, and the whole model's of the rank's first head.
+    ByScore(ByScore, Importance),
+}
+
 /// The choice of one head's rows, which may run on any thread.
 struct Task<'a> {
-    /// Its sequence in the call.
-    sequence: usize,
     layer: LayerView<'a>,
     head: usize,
     how: ByScore,
@@ -112,12 +143,7 @@ impl Settings {
     }
 
     fn whole_rows_missing(&self, layer: usize) -> Kept {
-        let compressed = match self.compressed {
-            Compressed::Text => "text",
-            Compressed::Image => "image",
-            Compressed::All => "both",
-        };
-        Kept::WholeRowsMissing { layer, compressed }
+        Kept::WholeRowsMissing { layer, compressed: self.compressed.word() }
     }
 }
 
@@ -127,39 +153,60 @@ impl Planner<'_> {
     /// # Errors
     /// The host described the call badly.
     pub fn fill(&self, requests: Requests<'_>) -> Result<(), PluginError> {
-        let mut plans = Vec::with_capacity(requests.len());
-        let mut tasks = Vec::new();
-        for request in requests {
-            let Request { sequence, mut plan } = request?;
-            let before = tasks.len();
-            if let Err(kept) = self.lay_out(&sequence, &mut plan, plans.len(), &mut tasks) {
-                tasks.truncate(before);
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
-            plans.push(plan);
-        }
-        let work: usize = tasks.iter().map(Task::work).sum();
-        // The first failure of each sequence, by the order of its tasks, whichever thread was faster.
-        let failures: Mutex<Vec<Option<(usize, Kept)>>> = Mutex::new(plans.iter().map(|_| None).collect());
+        let tasks =
+            Tasks::lay_out(requests, |sequence, plan, tasks: &mut Vec<Task<'_>>| self.lay_out(sequence, plan, tasks))?;
+        let work = tasks.iter().map(Task::work).sum();
+        let threads = parallel::threads_for(tasks.iter().len(), work);
+        tasks.run(threads, |task| task.run(self.settings))
+    }
+
+    /// What is to be kept of each layer of a sequence.
+    ///
+    /// # Errors
+    /// [`Kept`] when nothing would be dropped or rows that are kept whole are missing.
+    pub fn wishes<'a>(&self, sequence: &SequenceView<'a>, kinds: &Kinds) -> Result<Vec<Wished<'a>>, Kept> {
         let settings = self.settings;
-        parallel::for_each(tasks.into_iter().enumerate().collect(), work, |(order, task): (usize, Task<'_>)| {
-            let sequence = task.sequence;
-            if let Err(kept) = task.run(settings) {
-                let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-                let first = &mut failures[sequence];
-                if first.as_ref().is_none_or(|(earlier, _)| order < *earlier) {
-                    *first = Some((order, kept));
-                }
-            }
-            Ok::<(), PluginError>(())
-        })?;
-        let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for (plan, failure) in plans.iter_mut().zip(failures) {
-            if let Some((_, kept)) = failure {
-                plan.keep(kept.reason(), &kept.to_string())?;
-            }
+        let position = sequence.next_position();
+        // With room reserved, which collecting results does not do: this is on the way of every call.
+        let mut layers = Vec::with_capacity(sequence.layer_count());
+        for layer in sequence.layers() {
+            layers.push(layer?);
         }
-        Ok(())
+        let counts = settings.counts(position, kinds, layers.iter().map(|layer| layer.length() as u64))?;
+        let mut wished = Vec::with_capacity(layers.len());
+        for (layer, count) in layers.into_iter().zip(counts) {
+            let (number, length) = (layer.index(), layer.length() as u64);
+            if count == length {
+                let open = Tokens { seen: length, stored: length, whole: 0 };
+                wished.push(Wished { layer, open, keep: length as usize, wish: Wish::All });
+                continue;
+            }
+            let open = settings.tokens(number, length, position, kinds)?;
+            let keep = (count - open.whole) as usize;
+            let wish = match settings.history {
+                History::None { block } if kinds.is_all() => {
+                    let sinks = settings.sinks as u64;
+                    Wish::Ranges(match block {
+                        None => budget::streaming(length, keep as u64, sinks),
+                        Some(block) => {
+                            // `count` is what the rounding gives; the ranges come from what was asked for.
+                            let asked = settings.layers[number].map_or(open.stored, |amount| amount.rows(open));
+                            budget::streaming_blocks(length, asked, sinks, block)
+                        }
+                    })
+                }
+                History::None { .. } | History::Stride => Wish::ByPlace,
+                History::Top(importance) => Wish::ByScore(ByScore::Top, importance),
+                History::Sample { importance, seed } => {
+                    // The whole model's index of the head, so that ranks agree.
+                    let head = self.model.first_kv_head;
+                    let draw = Draw { seed, round: sequence.epoch(), layer: number as u32, head };
+                    Wish::ByScore(ByScore::Sample(draw), importance)
+                }
+            };
+            wished.push(Wished { layer, open, keep, wish });
+        }
+        Ok(wished)
     }
 
     /// Fills what needs no scores, and adds tasks for the rest.
@@ -167,58 +214,35 @@ impl Planner<'_> {
         &self,
         sequence: &SequenceView<'a>,
         plan: &mut Plan<'a>,
-        index: usize,
         tasks: &mut Vec<Task<'a>>,
     ) -> Result<(), Kept> {
-        let settings = self.settings;
-        let position = sequence.next_position();
-        let kinds = Arc::new(Kinds::new(settings.compressed, sequence.segments(), position));
-        let layers = sequence.layers().collect::<Result<Vec<_>, _>>()?;
-        let counts = settings.counts(position, &kinds, layers.iter().map(|layer| layer.length() as u64))?;
-        for (layer, &count) in layers.iter().zip(&counts) {
-            let (number, length) = (layer.index(), layer.length());
-            if count == length as u64 {
-                plan.select_all(number)?;
-                continue;
-            }
-            let open = settings.tokens(number, length as u64, position, &kinds)?;
-            let keep = (count - open.whole) as usize;
-            let (how, importance) = match settings.history {
-                History::None { block } if kinds.is_all() => {
-                    let sinks = settings.sinks as u64;
-                    let ranges = match block {
-                        None => budget::streaming(length as u64, keep as u64, sinks),
-                        Some(block) => {
-                            // `count` is what the rounding gives; the ranges come from what was asked for.
-                            let asked = settings.layers[number].map_or(open.stored, |amount| amount.rows(open));
-                            budget::streaming_blocks(length as u64, asked, sinks, block)
-                        }
-                    };
-                    plan.select_ranges(number, &ranges)?;
+        let kinds = Arc::new(Kinds::new(self.settings.compressed, sequence.segments(), sequence.next_position()));
+        for Wished { layer, open, keep, wish } in self.wishes(sequence, &kinds)? {
+            let layer = &layer;
+            let (how, importance) = match wish {
+                Wish::All => {
+                    plan.select_all(layer.index())?;
                     continue;
                 }
-                History::None { .. } | History::Stride => {
+                Wish::Ranges(ranges) => {
+                    plan.select_ranges(layer.index(), &ranges)?;
+                    continue;
+                }
+                Wish::ByPlace => {
                     self.by_place(layer, plan, &kinds, open, keep)?;
                     continue;
                 }
-                History::Top(importance) => (ByScore::Top, importance),
-                History::Sample { importance, seed } => {
-                    let draw = Draw { seed, round: sequence.epoch(), layer: number as u32, head: 0 };
-                    (ByScore::Sample(draw), importance)
-                }
+                Wish::ByScore(how, importance) => (how, importance),
             };
             let queries = self.window(sequence, layer, importance)?.map(Arc::new);
-            let out = plan.select(number, count as usize)?;
-            for (head, out) in out.chunks_exact_mut(count as usize).enumerate() {
+            let count = keep + open.whole as usize;
+            let out = plan.select(layer.index(), count)?;
+            for (head, out) in out.chunks_exact_mut(count).enumerate() {
                 let how = match how {
                     ByScore::Top => ByScore::Top,
-                    // The whole model's index of the head, so that ranks agree.
-                    ByScore::Sample(draw) => {
-                        ByScore::Sample(Draw { head: self.model.first_kv_head + head as u32, ..draw })
-                    }
+                    ByScore::Sample(draw) => ByScore::Sample(Draw { head: draw.head + head as u32, ..draw }),
                 };
                 tasks.push(Task {
-                    sequence: index,
                     layer: *layer,
                     head,
                     how,
@@ -308,18 +332,20 @@ impl Task<'_> {
         let Task { layer, head, importance, keep, out, .. } = self;
         let score = |source| Kept::Score { layer: layer.index(), head, source };
         let (open, whole) = settings.split(&layer, head, &self.kinds, self.open)?;
-        let keys = layer.k()?;
         let length = layer.length();
         let (visible, window) = match &self.queries {
             Some(window) => (window.visible, window.tokens),
             None => (length, 0),
         };
-        let queries = self
-            .queries
-            .as_ref()
-            .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
         let mut scores = vec![0.0; length];
-        importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        if importance.reads_keys() {
+            let keys = layer.k()?;
+            let queries = self
+                .queries
+                .as_ref()
+                .map(|window| WindowQueries::dense(&window.data, window.tokens, window.q_heads, keys.head_dim()));
+            importance::scores(importance, &keys, head, queries.as_ref(), &mut scores[..visible]).map_err(score)?;
+        }
         if let ByScore::Sample(_) = self.how {
             importance::weights(importance, &mut scores);
         }

@@ -231,7 +231,7 @@ fn needs_follow_the_config() {
 
 #[test]
 fn refused_memory_keeps_the_sequence() {
-    for config in ["", "history=stride", "history=top"] {
+    for config in ["history=stride", "history=top"] {
         let mut instance = Instance::new(config, SHAPE);
         instance.refuse_memory(true);
         let answer = instance.plan_one(sequence(100));
@@ -270,5 +270,24 @@ fn configs_that_say_nothing_useful_are_refused_with_the_reason() {
         let Err((status, message)) = Instance::create(config, SHAPE, offer) else { panic!("{config} is taken") };
         assert_eq!(status, KVH_ERR_CONFIG, "{config}: {message}");
         assert!(parts.iter().all(|part| message.contains(part)), "{config}: {message}");
+    }
+}
+
+/// DLPack's `kDLFloat8_e4m3fn`.
+const FP8: KvhDtype = KvhDtype { code: 10, bits: 8, lanes: 1 };
+
+#[test]
+fn values_that_cannot_be_read_are_refused_where_scores_need_them() {
+    let create =
+        |config: &str| Instance::create_for(config, SHAPE, Offer { can: CAN_ALL, block_size: BLOCK as u32 }, FP8);
+    for config in ["keep=0.5", "history=stride", "history=sample,importance=uniform", "align=block"] {
+        if let Err((status, message)) = create(config) {
+            panic!("{config}: {status} {message}");
+        }
+    }
+    for importance in ["key_norm", "key_diff", "attention"] {
+        let (status, message) = create(&format!("history=top,importance={importance}")).err().unwrap();
+        assert_eq!(status, KVH_ERR_UNSUPPORTED);
+        assert!(message.contains("code 10 with 8 bits") && message.contains("f32, f16 and bf16"), "{message}");
     }
 }

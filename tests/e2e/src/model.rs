@@ -3,15 +3,22 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+#[cfg(feature = "cuda")]
+use kvhook_engine::Error;
 use kvhook_engine::cache::{CacheConfig, CacheKind};
 use kvhook_engine::model::fetch;
-use kvhook_engine::{ArmConfig, Model, PluginConfig, Runner};
+use kvhook_engine::{ArmConfig, Device, KvDtype, Model, PluginConfig, Runner};
 
 use crate::plugins::{Place, built};
 
 /// A contiguous f32 cache of one rank.
-pub const CONTIGUOUS: CacheConfig =
-    CacheConfig { kind: CacheKind::Contiguous, dtype: kvhook_engine::KvDtype::F32, ranks: 1, prefix_sharing: true };
+pub const CONTIGUOUS: CacheConfig = CacheConfig {
+    kind: CacheKind::Contiguous,
+    dtype: KvDtype::F32,
+    ranks: 1,
+    prefix_sharing: true,
+    device: Device::Cpu,
+};
 
 /// A paged f32 cache of one rank that shares prefixes.
 pub const fn paged(block_size: usize, blocks: usize) -> CacheConfig {
@@ -64,6 +71,23 @@ pub fn runner(cache: CacheConfig, arms: &[(&str, &str, &str)], commit_lag: usize
     let place = Place::new();
     let plugins = PluginConfig { commit_lag, ..plugins(arms, &place) };
     Runner::with_plugins(model(), cache, &plugins).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The first CUDA device, if this machine has one that the engine can use; else says that a test is skipped.
+///
+/// # Panics
+/// When there is one and it fails.
+#[cfg(feature = "cuda")]
+pub fn cuda() -> Option<Device> {
+    let device = Device::Cuda(0);
+    match Runner::new(model(), CacheConfig { device, ..CONTIGUOUS }) {
+        Ok(_) => Some(device),
+        Err(Error::Device { reason, .. }) if reason.contains("libcuda") || reason.contains("has 0 devices") => {
+            println!("skipped: no CUDA device");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
 }
 
 /// Bit patterns, so that a comparison is of bits and not of values.

@@ -71,6 +71,10 @@ struct Engine {
 
 impl Engine {
     fn build(compiler: &str) -> Self {
+        Self::build_of(compiler, "engine.cpp")
+    }
+
+    fn build_of(compiler: &str, source: &str) -> Self {
         let place = Place::new();
         let program = place.root().join("engine");
         // `cargo build` puts the library into the profile's folder, `cargo test` into `deps`.
@@ -86,7 +90,7 @@ impl Engine {
                 ["hook-abi/include", "host-shim/host/include"]
                     .map(|folder| format!("-I{}", root().join(folder).display())),
             )
-            .arg(root().join("tests/c/engine.cpp"))
+            .arg(root().join("tests/c").join(source))
             .arg("-o")
             .arg(&program)
             .arg("-L")
@@ -142,6 +146,116 @@ fn an_engine_in_cpp_equals_masked_attention() {
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("keeps 20 rows"), "{text}");
+}
+
+/// Every way of `truncate` to choose rows.
+#[cfg(feature = "cuda")]
+const TRUNCATE_ON_CUDA: [&str; 10] = [
+    "keep=0.25,recent=8",
+    "history=stride,keep=0.3",
+    "history=top,importance=key_norm,keep=0.5,every=100",
+    "history=top,importance=key_diff,keep=0.25,every=100",
+    "history=top,importance=attention,keep=0.5,every=100",
+    "history=top,importance=attention,window=7,pool=3,budget=300",
+    "history=sample,importance=key_norm,budget=200,seed=5,every=100",
+    "history=sample,importance=key_diff,budget=200,every=100",
+    "history=sample,importance=uniform,budget=200",
+    "history=sample,importance=attention,keep=0.5",
+];
+
+#[cfg(feature = "cuda")]
+#[path = "mlp_decouple/weights.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod weights;
+
+/// Says "skipped" where there is no CUDA device.
+#[cfg(feature = "cuda")]
+#[test]
+fn an_engine_on_a_gpu_keeps_what_it_keeps_in_memory() {
+    let engine = Engine::build_of("c++", "cuda_engine.cpp");
+    for (plugin, configs) in [("noop", &[""][..]), ("truncate", &TRUNCATE_ON_CUDA)] {
+        let plugin = engine.put(plugin);
+        for config in configs {
+            for cache in ["contiguous", "paged"] {
+                let output =
+                    run(engine.command(&plugin, &["--config", config, "--cache", cache]).args(["--late", "3"]));
+                let text = String::from_utf8(output.stdout).unwrap();
+                assert!(text.starts_with("OK ") || text.starts_with("skipped"), "{text}");
+            }
+        }
+    }
+    // An edit of the block table.
+    let truncate = engine.put("truncate");
+    let blocks = ["--config", "align=block,budget=400,every=100", "--cache", "paged"];
+    run(&mut engine.command(&truncate, &blocks));
+    // Nothing waits for a stream that waits.
+    for config in TRUNCATE_ON_CUDA {
+        run(&mut engine.command(&truncate, &["--config", config, "--cache", "paged", "--blocked", "1"]));
+    }
+    // Two stretches of the prompt are images, which alone are compressed, or not at all.
+    for (segments, cache) in [("image", "paged"), ("text", "contiguous")] {
+        for config in TRUNCATE_ON_CUDA.iter().filter(|config| !config.contains("every")) {
+            let config = format!("segments={segments},{config}");
+            let arguments = ["--config", &config, "--images", "1", "--cache", cache];
+            run(engine.command(&truncate, &arguments).args(["--late", "3"]));
+        }
+    }
+    // Elements of one byte: where no score needs the values.
+    for config in ["keep=0.25,recent=8", "history=stride,keep=0.3", "history=sample,importance=uniform,budget=200"] {
+        run(&mut engine.command(&truncate, &["--config", config, "--cache", "paged", "--dtype", "fp8"]));
+    }
+    let scores = ["--config", "history=top,importance=key_norm", "--dtype", "fp8"];
+    let output = engine.command(&truncate, &scores).output().unwrap();
+    let [out, error] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    assert!(out.starts_with("skipped") || error.contains("values are read of f32, f16 and bf16"), "{error}");
+}
+
+/// No block is free, and what the host and the plugin hold beside the cache is bounded: the plugin's last queries, 4 bytes for
+/// each kept row and head, 64 MiB. Of so many rows a few scores are as good as equal.
+#[cfg(feature = "cuda")]
+#[test]
+fn an_engine_on_a_gpu_with_a_full_pool_compresses_in_little_memory() {
+    let engine = Engine::build_of("c++", "cuda_engine.cpp");
+    let truncate = engine.put("truncate");
+    for (config, queries) in [
+        ("history=top,importance=key_norm,keep=0.5", "0"),
+        ("history=top,importance=key_diff,keep=0.25", "0"),
+        ("history=top,importance=attention,keep=0.5", "64"),
+    ] {
+        let pool = ["--cache", "paged", "--prompt", "32768", "--rounds", "1", "--late", "0"];
+        let arguments = ["--config", config, "--room", queries, "--ties", "0.001"];
+        run(engine.command(&truncate, &arguments).args(pool));
+    }
+}
+
+/// The rows that `mlp-decouple` makes on a GPU beside those that it makes in memory: every byte in f32; on tensor cores
+/// within four half steps of the dtype at a row's largest, the bound of `Arithmetic::TensorCores`.
+#[cfg(feature = "cuda")]
+#[test]
+fn an_engine_on_a_gpu_makes_the_rows_that_it_makes_in_memory() {
+    let engine = Engine::build_of("c++", "cuda_engine.cpp");
+    let plugin = engine.put("mlp_decouple");
+    for factor in [2, 5] {
+        let file = weights::Weights::random(factor, 64, 3, false).write(engine.place.root(), "weights.kvcm");
+        let config = format!("weights={},positions=logical,every=100", file.display());
+        for (dtype, bound) in [("f32", "0"), ("f16", "0.001953125"), ("bf16", "0.015625")] {
+            for (cache, ranks) in [("contiguous", "1"), ("paged", "1"), ("paged", "2")] {
+                let arguments = ["--config", &config, "--cache", cache, "--dtype", dtype, "--bound", bound];
+                let output = run(engine.command(&plugin, &arguments).args(["--late", "3", "--ranks", ranks]));
+                let text = String::from_utf8(output.stdout).unwrap();
+                assert!(text.contains(": 2 commits, ") || text.starts_with("skipped"), "{text}");
+            }
+        }
+        let arguments = ["--config", &config, "--dtype", "bf16", "--bound", "0.015625", "--blocked", "1"];
+        run(&mut engine.command(&plugin, &arguments));
+        // Results above 65,504, the most that f16 holds: the device finds them, and the plan is dropped for what it is.
+        let mut large = weights::Weights::random(factor, 64, 3, false);
+        large.layers[1][0].0[2].0.iter_mut().for_each(|weight| *weight *= 1e7);
+        let config = format!("weights={},positions=logical", large.write(engine.place.root(), "large.kvcm").display());
+        let output = engine.command(&plugin, &["--config", &config, "--dtype", "f16"]).output().unwrap();
+        let [out, error] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        assert!(out.starts_with("skipped") || error.contains("layer 1: new row 4 of a head: a result is"), "{error}");
+    }
 }
 
 /// The second generations of `generation2.c`.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use kvhook_e2e::model::{CONTIGUOUS, bits, model, paged, plugins, runner, text};
 use kvhook_e2e::plugins::Place;
 use kvhook_engine::quality::argmax;
-use kvhook_engine::{Begin, CacheConfig, Engine, EngineConfig, Event, Request, Runner, Scoring};
+use kvhook_engine::{Begin, CacheConfig, Device, Engine, EngineConfig, Event, Request, Runner, Scoring};
 // Builds the plugin's shared library.
 use kvhook_noop as _;
 
@@ -44,10 +44,10 @@ fn answer(runner: &mut Runner, prompt: &[u32], arm: &str, chunk: usize) -> (Vec<
 }
 
 /// Answers of an engine that serves all prompts at once.
-fn served(prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
+fn served(prompts: &[Vec<u32>], device: Device) -> Vec<Vec<u32>> {
     let place = Place::new();
     let config = EngineConfig {
-        cache: CacheConfig { ranks: 3, ..paged(16, 400) },
+        cache: CacheConfig { ranks: 3, device, ..paged(16, 400) },
         chunk: 200,
         plugins: Some(plugins(&NOOP, &place)),
         ..EngineConfig::default()
@@ -75,15 +75,28 @@ fn served(prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
 
 #[test]
 fn noop_changes_nothing() {
+    changes_nothing(Device::Cpu);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn noop_on_a_cuda_device_changes_nothing() {
+    if let Some(device) = kvhook_e2e::model::cuda() {
+        changes_nothing(device);
+    }
+}
+
+fn changes_nothing(device: Device) {
     let prompts = prompts();
-    let mut plain = Runner::new(model(), CONTIGUOUS).unwrap();
+    let on = |cache: CacheConfig| CacheConfig { device, ..cache };
+    let mut plain = Runner::new(model(), on(CONTIGUOUS)).unwrap();
     let expected: Vec<_> = prompts.iter().map(|prompt| answer(&mut plain, prompt, "none", prompt.len())).collect();
 
     let mut variants = [
-        (runner(CONTIGUOUS, &NOOP, 0), 2_000),
-        (runner(paged(16, 120), &NOOP, 0), 128),
-        (runner(CacheConfig { ranks: 3, ..CONTIGUOUS }, &NOOP, 1), 100),
-        (runner(CacheConfig { ranks: 3, ..paged(7, 240) }, &NOOP, 3), 29),
+        (runner(on(CONTIGUOUS), &NOOP, 0), 2_000),
+        (runner(on(paged(16, 120)), &NOOP, 0), 128),
+        (runner(on(CacheConfig { ranks: 3, ..CONTIGUOUS }), &NOOP, 1), 100),
+        (runner(on(CacheConfig { ranks: 3, ..paged(7, 240) }), &NOOP, 3), 29),
     ];
     for (place, (prompt, expected)) in prompts.iter().zip(&expected).enumerate() {
         // The long ones take their time: one variant each.
@@ -99,7 +112,7 @@ fn noop_changes_nothing() {
     assert!(expected[0] != expected[1]);
 
     let tokenizer = &model().tokenizer;
-    for (answer, (_, tokens)) in served(&prompts).iter().zip(&expected) {
+    for (answer, (_, tokens)) in served(&prompts, device).iter().zip(&expected) {
         assert_eq!(answer, tokens);
         assert_eq!(tokenizer.decode(answer).unwrap(), tokenizer.decode(tokens).unwrap());
     }

@@ -214,25 +214,28 @@ fn plan<const WORDS: usize>(entry: &KvhPluginEntry, config: &str) -> Vec<Vec<Vec
         let mut error = KvhText::over(&mut buffer);
         let status = (*table).on_prefill_done.unwrap()(instance, &args.first, &mut out.first, &mut error);
         with_text(status, &buffer);
-        entry.destroy.unwrap()(instance);
     }
     assert!(bound.untouched() && out.untouched() && plans[0].untouched());
     assert_eq!(bound.first.struct_size, size_of::<Grown<KvhBoundOut, WORDS>>(), "the size is the host's to write");
     assert_eq!(counts, [BUDGET as u64; LAYERS]);
     assert_eq!(plans[0].first.kind, KVH_PLAN_SELECT);
-    layer_plans
+    let rows = layer_plans
         .iter()
         .map(|plan| {
             assert!(plan.untouched());
             assert_eq!(plan.first.struct_size, size_of::<Grown<KvhLayerPlan, WORDS>>());
             kept(&plan.first)
         })
-        .collect()
+        .collect();
+    // Ranges are the instance's until it is called again.
+    // SAFETY: made above, and used by nobody any more.
+    unsafe { entry.destroy.unwrap()(instance) };
+    rows
 }
 
 /// Rows of each head, from ranges or indices.
 fn kept(plan: &KvhLayerPlan) -> Vec<Vec<u32>> {
-    // SAFETY: the plan's arrays are leaked memory.
+    // SAFETY: the plan's arrays are leaked memory, or the instance's, which was not called again.
     unsafe {
         if plan.range_count > 0 {
             let ranges = std::slice::from_raw_parts(plan.ranges, plan.range_count as usize);

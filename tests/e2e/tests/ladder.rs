@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use kvhook_e2e::model::{bits, paged, runner, text};
 use kvhook_engine::quality::{mean_kl, nll, paired_difference, perplexity, summarise, top1_agreement};
 use kvhook_engine::runner::LogitsRow;
-use kvhook_engine::{Begin, Runner, Scoring};
+use kvhook_engine::{Begin, CacheConfig, Device, Runner, Scoring};
 // Builds the plugin's shared library.
 use kvhook_truncate as _;
 
@@ -104,10 +104,10 @@ impl Measured {
 }
 
 /// Runs every arm over every passage.
-fn measure(arms: &[Arm]) -> BTreeMap<&'static str, Measured> {
+fn measure(arms: &[Arm], device: Device) -> BTreeMap<&'static str, Measured> {
     let plugins: Vec<_> = arms.iter().map(|arm| (arm.name, "truncate", arm.config.as_str())).collect();
     let blocks = 2 * (T + M).div_ceil(BLOCK) + 16;
-    let mut runner = runner(paged(BLOCK, blocks), &plugins, 0);
+    let mut runner = runner(CacheConfig { device, ..paged(BLOCK, blocks) }, &plugins, 0);
     let mut measured: BTreeMap<_, Measured> = BTreeMap::new();
     for (name, starts) in PASSAGES {
         let tokens = text(name);
@@ -134,8 +134,20 @@ fn measure(arms: &[Arm]) -> BTreeMap<&'static str, Measured> {
 
 #[test]
 fn compression_costs_no_more_than_its_gate() {
+    climb(Device::Cpu);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn compression_on_a_cuda_device_costs_no_more_than_its_gate() {
+    if let Some(device) = kvhook_e2e::model::cuda() {
+        climb(device);
+    }
+}
+
+fn climb(device: Device) {
     let arms = arms();
-    let measured = measure(&arms);
+    let measured = measure(&arms, device);
     println!("T = {T}, M = {M}, {} passages; mean and standard error over passages", PASSAGES.len() * 2);
     println!("{:<14} {:>16} {:>8} {:>7}  gate", "arm", "KL", "PPL", "top-1");
     let order = [("full", None), ("no prefix", None)].into_iter().chain(arms.iter().map(|arm| (arm.name, arm.gate)));

@@ -58,7 +58,7 @@ mod path {
             Ok(_) => {
                 let built = plugins::built();
                 let installed = built.parent().unwrap().join("lib/kvhook/plugins");
-                assert_eq!(policy.folders, [built.clone(), built.join("deps"), installed]);
+                assert_eq!(policy.folders, [built.join("deps"), built.clone(), installed]);
                 assert_eq!(policy.copy_folder, Path::new("/me/.cache/kvhook/plugins"));
                 assert!(!policy.safe_mode);
                 let given = Policy::new(vec!["/given".into()], Some("/copies".into()));

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use kvhook_engine::Device;
 use kvhook_host::load::Policy;
 
 use crate::args::{CacheDtype, CacheKind, CacheOptions, Demo};
@@ -35,7 +36,9 @@ const TRAINED: [(&str, &str); 2] =
     [("mlp-f2", "smollm2-135m-f2.safetensors"), ("mlp-f4", "smollm2-135m-f4.safetensors")];
 
 /// Paged, so that the arms share one prefill of the passage.
-const CACHE: CacheOptions = CacheOptions { cache: CacheKind::Paged, ranks: 1, dtype: CacheDtype::F16 };
+fn cache(device: Device) -> CacheOptions {
+    CacheOptions { cache: CacheKind::Paged, ranks: 1, dtype: CacheDtype::F16, device }
+}
 
 /// The arms of `mlp-decouple` whose weights are there: in a folder `mlp-decouple` beside the plugins, or in the source
 /// tree that this program was built from.
@@ -67,7 +70,8 @@ pub fn execute(options: &Demo) -> Result<(), CliError> {
     if options.model.is_none() {
         arms.extend(trained());
     }
-    let plan = Plan { texts: &texts, arms: &arms, prefix: 1024, continuation: 256, passages: 1, cache: CACHE };
+    let cache = cache(options.device);
+    let plan = Plan { texts: &texts, arms: &arms, prefix: 1024, continuation: 256, passages: 1, cache };
     let comparison = measure::compare(&loaded, &plan)?;
     report::deliver(&comparison, &options.output, &mut io::stdout().lock())
 }

@@ -1,5 +1,6 @@
 //! What a user types.
 
+pub mod bench;
 pub mod compare;
 pub mod convert;
 pub mod demo;

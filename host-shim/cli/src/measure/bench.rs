@@ -57,6 +57,11 @@ impl Bench {
         Ok(Self { runner })
     }
 
+    /// Name of the device, if that is not the processor.
+    pub(super) fn accelerator(&self) -> Option<&str> {
+        self.runner.backend().name()
+    }
+
     /// What the model makes of a passage without compression and without a prefix.
     pub(super) fn passage(&mut self, prepared: &Prepared, full: &Observed) -> Result<Passage, CliError> {
         let last = &prepared.prefix[prepared.prefix.len() - 1..];

@@ -82,7 +82,7 @@ pub fn compare(loaded: &Loaded, plan: &Plan<'_>) -> Result<Comparison, CliError>
     Ok(Comparison {
         format: FORMAT,
         date,
-        machine: machine::this_machine(),
+        machine: machine::this_machine(bench.accelerator()),
         model: describe(loaded),
         settings: settings(plan),
         passages,

@@ -96,6 +96,10 @@ fn provenance(comparison: &Comparison) -> Markup {
                 (machine.cpu) ", " (counted(machine.cores, "core", "cores")) ", "
                 (fixed(machine.memory_bytes as f64 / (1u64 << 30) as f64, 0)) " GiB, " (machine.system)
             }
+            @if !machine.accelerator.is_empty() {
+                dt { "model and cache on" }
+                dd { (machine.accelerator) "; times of hooks and commits are those to enqueue" }
+            }
             dt { "model" }
             dd {
                 (model.name) ": " (counted(model.layers, "layer", "layers")) ", "

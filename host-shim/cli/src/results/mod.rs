@@ -46,6 +46,9 @@ pub struct Machine {
     pub cpu: String,
     /// Cores that the process may use.
     pub cores: usize,
+    /// Name of the device on which the model ran and the cache lay; empty: the processor.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub accelerator: String,
     /// Memory in bytes.
     pub memory_bytes: u64,
     /// Operating system and architecture, such as `linux x86_64`.

@@ -1,8 +1,10 @@
 //! One buffer of K and one of V for each sequence and layer.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
-use super::{KvBuffer, KvDtype, LayerPeek, LayerView, RowLayout, SequenceId};
+use super::{KvBuffer, LayerPeek, LayerView, RowLayout, SequenceId};
+use crate::error::Result;
 
 /// Rows that a new buffer has room for, and the granule to which a shrunk one is rounded.
 const MIN_ROWS: usize = 16;
@@ -18,7 +20,7 @@ pub struct ContiguousCache {
     empty: Buffers,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Buffers {
     k: KvBuffer,
     v: KvBuffer,
@@ -26,24 +28,35 @@ struct Buffers {
 }
 
 impl ContiguousCache {
-    /// An empty cache.
-    pub fn new(dtype: KvDtype, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
-        let empty = Buffers { k: KvBuffer::new(dtype, 0), v: KvBuffer::new(dtype, 0), capacity: 0 };
-        Self { layers, kv_heads, head_dim, sequences: HashMap::new(), empty }
+    /// An empty cache, of the dtype and on the device of `like`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU fails.
+    pub fn new(like: KvBuffer, layers: usize, kv_heads: usize, head_dim: usize) -> Result<Self> {
+        let empty = Buffers { k: like.fresh(0)?, v: like, capacity: 0 };
+        Ok(Self { layers, kv_heads, head_dim, sequences: HashMap::new(), empty })
     }
 
     /// A layer's buffers of a sequence, with room for `rows` rows; `kept` rows survive if they must move.
-    pub fn layer(&mut self, sequence: SequenceId, layer: usize, kept: usize, rows: usize) -> LayerView<'_> {
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU has no memory left.
+    pub fn layer(&mut self, sequence: SequenceId, layer: usize, kept: usize, rows: usize) -> Result<LayerView<'_>> {
         let (heads, head_dim) = (self.kv_heads, self.head_dim);
-        let (layers, empty) = (self.layers, &self.empty);
-        let buffers = &mut self.sequences.entry(sequence).or_insert_with(|| vec![empty.clone(); layers])[layer];
+        let buffers = match self.sequences.entry(sequence) {
+            Entry::Occupied(held) => held.into_mut(),
+            Entry::Vacant(place) => {
+                place.insert((0..self.layers).map(|_| self.empty.copy()).collect::<Result<Vec<_>>>()?)
+            }
+        };
+        let buffers = &mut buffers[layer];
         if rows > buffers.capacity {
             let capacity = rows.max(2 * buffers.capacity).max(MIN_ROWS);
-            buffers.reallocate(capacity, kept, heads, head_dim);
+            buffers.reallocate(capacity, kept, heads, head_dim)?;
         }
         // One block that holds the whole sequence; max(1) keeps the formula's division defined while it is empty.
         let layout = RowLayout::blocked(heads, buffers.capacity.max(1), head_dim);
-        LayerView { k: &mut buffers.k, v: &mut buffers.v, layout }
+        Ok(LayerView { k: &mut buffers.k, v: &mut buffers.v, layout })
     }
 
     /// A layer's buffers of a sequence, to look at: empty ones before its first row.
@@ -55,13 +68,19 @@ impl ContiguousCache {
     }
 
     /// Gives a sequence copies of another one's buffers.
-    pub fn fork(&mut self, sequence: SequenceId, fork: SequenceId) {
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU has no memory left.
+    pub fn fork(&mut self, sequence: SequenceId, fork: SequenceId) -> Result<()> {
         if let Some(layers) = self.sequences.get(&sequence) {
-            self.sequences.insert(fork, layers.clone());
+            let copies = layers.iter().map(Buffers::copy).collect::<Result<_>>()?;
+            self.sequences.insert(fork, copies);
         }
+        Ok(())
     }
 
-    /// Gives back the room beyond the first `rows` rows of a layer, and returns the bytes freed.
+    /// Gives back the room beyond the first `rows` rows of a layer, and returns the bytes freed. Where another device than
+    /// the CPU has no memory for the smaller buffer, the larger one stays.
     pub fn shrink(&mut self, sequence: SequenceId, layer: usize, rows: usize) -> usize {
         let (heads, head_dim) = (self.kv_heads, self.head_dim);
         let Some(buffers) = self.sequences.get_mut(&sequence).and_then(|layers| layers.get_mut(layer)) else {
@@ -69,8 +88,10 @@ impl ContiguousCache {
         };
         let before = buffers.bytes();
         let capacity = rows.next_multiple_of(MIN_ROWS);
-        if capacity < buffers.capacity {
-            buffers.reallocate(capacity, rows, heads, head_dim);
+        if capacity < buffers.capacity
+            && let Err(error) = buffers.reallocate(capacity, rows, heads, head_dim)
+        {
+            tracing::warn!(target: "kvhook", %sequence, layer, "the room of dropped rows stays: {error}");
         }
         before - buffers.bytes()
     }
@@ -92,26 +113,33 @@ impl Buffers {
     }
 
     /// Moves the first `kept` rows of each head to new buffers.
-    fn reallocate(&mut self, capacity: usize, kept: usize, heads: usize, head_dim: usize) {
-        for buffer in [&mut self.k, &mut self.v] {
-            let mut fresh = KvBuffer::new(buffer.dtype(), heads * capacity * head_dim);
+    fn reallocate(&mut self, capacity: usize, kept: usize, heads: usize, head_dim: usize) -> Result<()> {
+        let moved = |buffer: &KvBuffer| {
+            let mut fresh = buffer.fresh(heads * capacity * head_dim)?;
             for head in 0..heads {
                 let (to, from) = (head * capacity * head_dim, head * self.capacity * head_dim);
-                fresh.copy_from(to, buffer, from, kept * head_dim);
+                fresh.copy_from(to, buffer, from, kept * head_dim)?;
             }
-            *buffer = fresh;
-        }
-        self.capacity = capacity;
+            Ok(fresh)
+        };
+        let (k, v) = (moved(&self.k)?, moved(&self.v)?);
+        *self = Self { k, v, capacity };
+        Ok(())
+    }
+
+    fn copy(&self) -> Result<Self> {
+        Ok(Self { k: self.k.copy()?, v: self.v.copy()?, capacity: self.capacity })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::KvDtype;
 
     fn fill(cache: &mut ContiguousCache, id: SequenceId, from: usize, to: usize) {
         for t in from..to {
-            let mut view = cache.layer(id, 1, t, t + 1);
+            let mut view = cache.layer(id, 1, t, t + 1).unwrap();
             for h in 0..2 {
                 let value = (t * 10 + h) as f32;
                 view.write(&[], t, h, &[value; 8], &[-value; 8]);
@@ -120,7 +148,7 @@ mod tests {
     }
 
     fn check(cache: &mut ContiguousCache, id: SequenceId, rows: usize) {
-        let view = cache.layer(id, 1, rows, rows);
+        let view = cache.layer(id, 1, rows, rows).unwrap();
         for t in 0..rows {
             for h in 0..2 {
                 let at = view.layout.row(&[], t, h);
@@ -135,7 +163,7 @@ mod tests {
     #[test]
     fn grows_and_shrinks_with_its_rows() {
         let id = SequenceId::unused();
-        let mut cache = ContiguousCache::new(KvDtype::F32, 2, 2, 8);
+        let mut cache = ContiguousCache::new(KvBuffer::new(KvDtype::F32, 0), 2, 2, 8).unwrap();
         fill(&mut cache, id, 0, 100);
         check(&mut cache, id, 100);
         // 16, doubled until it holds 100; K and V of two heads of eight channels.

@@ -23,6 +23,9 @@ pub use contiguous::ContiguousCache;
 pub use paged::PagedCache;
 pub use sequence::{LayerCache, SequenceCache, SequenceId};
 
+use crate::device::{Backend, Device};
+use crate::error::Result;
+
 /// Which kind of cache, and how large.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheKind {
@@ -48,11 +51,13 @@ pub struct CacheConfig {
     pub ranks: usize,
     /// Whether requests with the same beginning share full blocks (paged only).
     pub prefix_sharing: bool,
+    /// Where the cache and the model's weights lie and steps run.
+    pub device: Device,
 }
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { kind: CacheKind::Contiguous, dtype: KvDtype::F32, ranks: 1, prefix_sharing: true }
+        Self { kind: CacheKind::Contiguous, dtype: KvDtype::F32, ranks: 1, prefix_sharing: true, device: Device::Cpu }
     }
 }
 
@@ -147,23 +152,36 @@ pub enum RankCache {
 
 impl RankCache {
     /// Makes the cache of a rank that holds `kv_heads` heads.
-    pub fn new(config: &CacheConfig, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
-        match config.kind {
-            CacheKind::Contiguous => Self::Contiguous(ContiguousCache::new(config.dtype, layers, kv_heads, head_dim)),
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU has no memory left.
+    pub fn new(
+        backend: &Backend,
+        config: &CacheConfig,
+        layers: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<Self> {
+        let empty = KvBuffer::on(backend, config.dtype, 0)?;
+        Ok(match config.kind {
+            CacheKind::Contiguous => Self::Contiguous(ContiguousCache::new(empty, layers, kv_heads, head_dim)?),
             CacheKind::Paged { block_size, blocks } => {
                 let layout = RowLayout::blocked(kv_heads, block_size, head_dim);
-                Self::Paged(PagedCache::new(config.dtype, layers, blocks, layout))
+                Self::Paged(PagedCache::new(&empty, layers, blocks, layout)?)
             }
-        }
+        })
     }
 
     /// The layer's buffers for a sequence, with room for `rows` rows of it of which `kept` are filled.
     ///
     /// A contiguous buffer may move here. In a paged cache the room is in the sequence's block table.
-    pub fn layer(&mut self, sequence: SequenceId, layer: usize, kept: usize, rows: usize) -> LayerView<'_> {
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU has no memory left.
+    pub fn layer(&mut self, sequence: SequenceId, layer: usize, kept: usize, rows: usize) -> Result<LayerView<'_>> {
         match self {
             Self::Contiguous(cache) => cache.layer(sequence, layer, kept, rows),
-            Self::Paged(cache) => cache.layer(layer),
+            Self::Paged(cache) => Ok(cache.layer(layer)),
         }
     }
 

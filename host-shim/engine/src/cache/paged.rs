@@ -1,6 +1,7 @@
 //! A pool of blocks for each layer.
 
-use super::{KvBuffer, KvDtype, LayerPeek, LayerView, RowLayout};
+use super::{KvBuffer, LayerPeek, LayerView, RowLayout};
+use crate::error::Result;
 
 /// The paged cache of one rank: for each layer K and V of `[blocks, kv_heads, block_size, head_dim]`.
 #[derive(Debug)]
@@ -10,11 +11,14 @@ pub struct PagedCache {
 }
 
 impl PagedCache {
-    /// A zeroed pool of `blocks` blocks for each layer.
-    pub fn new(dtype: KvDtype, layers: usize, blocks: usize, layout: RowLayout) -> Self {
+    /// A zeroed pool of `blocks` blocks for each layer, of the dtype and on the device of `like`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU has no memory left.
+    pub fn new(like: &KvBuffer, layers: usize, blocks: usize, layout: RowLayout) -> Result<Self> {
         let len = blocks * layout.stride_block;
-        let layers = (0..layers).map(|_| (KvBuffer::new(dtype, len), KvBuffer::new(dtype, len))).collect();
-        Self { layers, layout }
+        let layers = (0..layers).map(|_| Ok((like.fresh(len)?, like.fresh(len)?))).collect::<Result<_>>()?;
+        Ok(Self { layers, layout })
     }
 
     /// A layer's pool.
@@ -30,12 +34,13 @@ impl PagedCache {
     }
 
     /// Copies the rows of a block of a layer to another block.
-    pub fn copy_block(&mut self, layer: usize, from: u32, to: u32) {
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where another device than the CPU fails.
+    pub fn copy_block(&mut self, layer: usize, from: u32, to: u32) -> Result<()> {
         let (k, v) = &mut self.layers[layer];
         let size = self.layout.stride_block;
-        for buffer in [k, v] {
-            buffer.copy_within(to as usize * size, from as usize * size, size);
-        }
+        [k, v].into_iter().try_for_each(|buffer| buffer.copy_within(to as usize * size, from as usize * size, size))
     }
 
     /// Rows of a block.

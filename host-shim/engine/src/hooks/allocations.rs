@@ -5,6 +5,8 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::device::Backend;
+
 /// Counts what the host allocates, so that a test can show that everything goes back, and refuses one allocation, so that
 /// it can show what happens then.
 #[derive(Debug, Default)]
@@ -31,27 +33,50 @@ impl Allocations {
         self.refused.store(number, Relaxed);
     }
 
-    pub(super) fn allocate(&self, bytes: u64, alignment: u64) -> *mut c_void {
+    /// Counts an allocation that `give` makes, unless it is the one to be refused; null then.
+    pub(super) fn allocate(&self, bytes: u64, give: impl FnOnce() -> *mut c_void) -> *mut c_void {
         let number = self.asked.fetch_add(1, Relaxed) + 1;
-        let Some(layout) = layout(bytes, alignment).filter(|_| number != self.refused.load(Relaxed)) else {
+        if number == self.refused.load(Relaxed) {
             return ptr::null_mut();
-        };
-        // SAFETY: `layout` refuses a size of 0.
-        let data = unsafe { alloc(layout) };
+        }
+        let data = give();
         if !data.is_null() {
             self.live_bytes.fetch_add(bytes, Relaxed);
         }
-        data.cast()
+        data
     }
 
-    /// # Safety
-    /// `data` came from [`allocate`](Self::allocate) with the same size and alignment, and is not used any more.
-    pub(super) unsafe fn free(&self, data: *mut c_void, bytes: u64, alignment: u64) {
-        if let Some(layout) = layout(bytes, alignment) {
-            // SAFETY: passed on from the caller.
-            unsafe { dealloc(data.cast(), layout) };
-            self.live_bytes.fetch_sub(bytes, Relaxed);
+    /// So many bytes have come back.
+    pub(super) fn freed(&self, bytes: u64) {
+        self.live_bytes.fetch_sub(bytes, Relaxed);
+    }
+}
+
+/// Memory of a device; null when there is none.
+pub(super) fn give(backend: &Backend, bytes: u64, alignment: u64) -> *mut c_void {
+    match backend {
+        // SAFETY: `layout` refuses a size of 0.
+        Backend::Cpu => layout(bytes, alignment).map_or(ptr::null_mut(), |layout| unsafe { alloc(layout) }.cast()),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(cuda) => cuda.driver().lend(bytes, alignment),
+    }
+}
+
+/// Takes it back; on a CUDA device in the stream's order.
+///
+/// # Safety
+/// `data` came from [`give`] with the same size, alignment and device, and no work is enqueued with it from now on.
+pub(super) unsafe fn take_back(backend: &Backend, data: *mut c_void, bytes: u64, alignment: u64) {
+    match backend {
+        Backend::Cpu => {
+            if let Some(layout) = layout(bytes, alignment) {
+                // SAFETY: passed on from the caller.
+                unsafe { dealloc(data.cast(), layout) };
+            }
         }
+        #[cfg(feature = "cuda")]
+        // SAFETY: as above.
+        Backend::Cuda(cuda) => unsafe { cuda.driver().take_back(data) },
     }
 }
 

@@ -9,22 +9,27 @@ use kvhook_host::raw::KvhookCallbacks;
 use tracing::level_filters::LevelFilter;
 
 use super::Allocations;
+use super::allocations::{give, take_back};
+use crate::device::Backend;
 
 /// What the callbacks get back.
 pub(super) struct Context {
     pub(super) allocations: Option<Arc<Allocations>>,
+    /// Where memory comes from.
+    pub(super) backend: Backend,
 }
 
 /// The callbacks with a context that must outlive the host.
 pub(super) fn callbacks(context: &Context) -> KvhookCallbacks {
-    let counted = context.allocations.is_some();
+    // The host's own heap serves the CPU, where nobody counts.
+    let ours = context.allocations.is_some() || !matches!(context.backend, Backend::Cpu);
     KvhookCallbacks {
         struct_size: size_of::<KvhookCallbacks>(),
         context: std::ptr::from_ref(context).cast_mut().cast(),
         log: Some(log),
         log_max_level: Some(log_max_level),
-        allocate: counted.then_some(allocate as _),
-        free: counted.then_some(free as _),
+        allocate: ours.then_some(allocate as _),
+        free: ours.then_some(free as _),
     }
 }
 
@@ -74,7 +79,11 @@ unsafe extern "C" fn allocate(
 ) -> *mut c_void {
     // SAFETY: the context is ours, and outlives the host.
     let context = unsafe { &*context.cast::<Context>() };
-    context.allocations.as_ref().map_or(std::ptr::null_mut(), |allocations| allocations.allocate(bytes, alignment))
+    let give = || give(&context.backend, bytes, alignment);
+    match &context.allocations {
+        Some(allocations) => allocations.allocate(bytes, give),
+        None => give(),
+    }
 }
 
 unsafe extern "C" fn free(
@@ -85,10 +94,11 @@ unsafe extern "C" fn free(
     alignment: u64,
     _stream: *mut c_void,
 ) {
-    // SAFETY: as in `allocate`; the host gives back what it got, with the same size and alignment.
-    unsafe {
-        if let Some(allocations) = &(*context.cast::<Context>()).allocations {
-            allocations.free(data, bytes, alignment);
-        }
+    // SAFETY: as in `allocate`.
+    let context = unsafe { &*context.cast::<Context>() };
+    // SAFETY: the host gives back what it got, with the same size and alignment.
+    unsafe { take_back(&context.backend, data, bytes, alignment) };
+    if let Some(allocations) = &context.allocations {
+        allocations.freed(bytes);
     }
 }

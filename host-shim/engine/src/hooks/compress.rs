@@ -34,7 +34,7 @@ pub(crate) struct Hooks {
 impl Hooks {
     /// Makes the host and sets an observer on each rank.
     pub(crate) fn new(model: &Config, cache: &CacheConfig, config: &PluginConfig, ranks: &Ranks) -> Result<Self> {
-        let plugins = KvPlugins::new(model, cache, config)?;
+        let plugins = KvPlugins::new(model, cache, config, ranks.backend())?;
         let observed = Arc::clone(&plugins);
         ranks.run(move |rank| {
             rank.observer = Some(Box::new(Observer { plugins: Arc::clone(&observed), rank: rank.rank }));
@@ -79,7 +79,8 @@ impl Hooks {
     /// Commits what is ready, and asks and prepares what is due.
     ///
     /// # Errors
-    /// [`Error::RankStopped`]; [`Error::SplitCommit`]. What plugins and host do wrong is counted, and no error.
+    /// [`Error::RankStopped`]; [`Error::SplitCommit`]; [`Error::Device`]. What plugins and host do wrong is counted, and no
+    /// error.
     pub(crate) fn after_step(&mut self, cache: &mut Cache<'_>, work: &[Work<'_>]) -> Result<()> {
         for part in work {
             let Some(pending) = self.sequences.get_mut(&part.sequence).and_then(|tracked| tracked.pending.as_mut())
@@ -104,6 +105,8 @@ impl Hooks {
         }
         self.prepare(cache, candidates, reserved)?;
         if self.commit_lag == 0 {
+            // Before the next step, then: not without the verdict.
+            cache.ranks.backend().wait()?;
             for part in work {
                 self.settle(cache, part.sequence)?;
             }
@@ -163,7 +166,13 @@ impl Hooks {
                     continue;
                 }
                 Err(Kept::Because(reason)) => tracked.keeps(reason),
-                Err(Kept::Failed(error)) => self.failed(candidate.id, error),
+                Err(Kept::Failed(error)) => {
+                    // Other ranks may have opened it.
+                    if let Some(ticket) = tickets(&of_ranks, place).next() {
+                        self.plugins.give_up(ticket);
+                    }
+                    self.failed(candidate.id, error);
+                }
             }
             give_back(cache.pool.as_deref_mut(), fresh);
         }
@@ -269,6 +278,11 @@ impl Hooks {
 enum Kept<'a> {
     Because(Reason),
     Failed(&'a Error),
+}
+
+/// The ticket of each rank that has one, for one of the candidates.
+fn tickets(of_ranks: &[Result<Vec<Prepared>>], place: usize) -> impl Iterator<Item = u64> {
+    of_ranks.iter().flatten().filter_map(move |answers| answers[place].ok())
 }
 
 /// The ticket on which all ranks agree for one of the candidates, else why there is none.

@@ -1,5 +1,6 @@
 //! A safe wrapper of a host and its C functions.
 
+use std::ffi::c_void;
 use std::fmt;
 use std::path::Path;
 use std::ptr::{self, NonNull};
@@ -15,6 +16,7 @@ use super::report::{FreeReason, Reason};
 use super::views::{array, array_mut, describe_all, dtype};
 use super::{ArmConfig, PluginConfig, Source};
 use crate::cache::{CacheConfig, CacheKind, LayerCache, RankCache, SequenceId};
+use crate::device::Backend;
 use crate::error::{Error, Result};
 use crate::model::Config;
 use crate::rank::{HeadShard, RankState};
@@ -27,7 +29,7 @@ pub struct KvPlugins {
     host: NonNull<KvhookHost>,
     layers: usize,
     /// Behind the callbacks; outlives the host.
-    _context: Box<Context>,
+    context: Box<Context>,
 }
 
 // SAFETY: the host's functions may be called from any thread, concurrently; the context is only read.
@@ -130,8 +132,8 @@ impl KvPlugins {
     /// # Errors
     /// [`Error::Plugin`] with the host's status: a form that is not valid, a plugin that cannot be loaded, refuses its
     /// config or needs what this engine does not offer. [`Error::Config`] for a path that is not UTF-8.
-    pub fn new(model: &Config, cache: &CacheConfig, config: &PluginConfig) -> Result<Arc<Self>> {
-        let context = Box::new(Context { allocations: config.allocations.clone() });
+    pub fn new(model: &Config, cache: &CacheConfig, config: &PluginConfig, backend: &Backend) -> Result<Arc<Self>> {
+        let context = Box::new(Context { allocations: config.allocations.clone(), backend: backend.clone() });
         let shards: Vec<HeadShard> = (0..cache.ranks).map(|rank| HeadShard::new(model, rank, cache.ranks)).collect();
         let layers: Vec<Vec<KvhLayerInfo>> = shards.iter().map(|shard| layer_infos(model, shard)).collect();
         let frequencies: Vec<f32> = model.rope_frequencies.iter().map(|frequency| *frequency as f32).collect();
@@ -139,7 +141,9 @@ impl KvPlugins {
             .iter()
             .zip(&layers)
             .enumerate()
-            .map(|(rank, (shard, layers))| rank_model(model, cache, rank, shard, layers, &frequencies))
+            .map(|(rank, (shard, layers))| {
+                rank_model(model, cache, backend.device(), rank, shard, layers, &frequencies)
+            })
             .collect();
         let folders = config.folders.iter().map(|folder| text_of(folder)).collect::<Result<Vec<_>>>()?;
         let folders: Vec<KvhStr> = folders.into_iter().map(KvhStr::new).collect();
@@ -157,7 +161,7 @@ impl KvPlugins {
         call("kvhook_host_create", |error| unsafe { kvhook_host_create(&raw, &mut host, error) })?;
         let missing = || Error::Config { setting: "the host", found: "null".into(), expected: "a host".into() };
         let host = NonNull::new(host).ok_or_else(missing)?;
-        let plugins = Self { host, layers: model.layers, _context: context };
+        let plugins = Self { host, layers: model.layers, context };
         if !config.kv_plugin.is_empty() {
             plugins.configure(&config.kv_plugin, config.source)?;
         }
@@ -278,15 +282,20 @@ impl KvPlugins {
     }
 
     pub(super) fn free(&self, uid: u64, reason: FreeReason) -> Result<()> {
-        // SAFETY: the host lives; there is no stream on the CPU.
+        // SAFETY: the host lives; the stream lives as long as the context.
         call("kvhook_free", |error| unsafe {
-            kvhook_free(self.host.as_ptr(), uid, reason.number(), ptr::null_mut(), error)
+            kvhook_free(self.host.as_ptr(), uid, reason.number(), self.stream(), error)
         })
     }
 
     pub(super) fn reset(&self) -> Result<()> {
-        // SAFETY: the host lives; there is no stream on the CPU.
-        call("kvhook_reset", |error| unsafe { kvhook_reset(self.host.as_ptr(), ptr::null_mut(), error) })
+        // SAFETY: the host lives; the stream lives as long as the context.
+        call("kvhook_reset", |error| unsafe { kvhook_reset(self.host.as_ptr(), self.stream(), error) })
+    }
+
+    /// The stream of all work; null on the CPU.
+    fn stream(&self) -> *mut c_void {
+        self.context.backend.stream()
     }
 
     pub(super) fn ask(&self, candidate: &Candidate) -> Result<Answer> {
@@ -318,8 +327,11 @@ impl KvPlugins {
 
     /// Prepares sequences on the rank's thread; for each the ticket, or why it is kept.
     pub(super) fn prepare(&self, rank: &mut RankState, candidates: &[Candidate]) -> Result<Vec<Prepared>> {
-        let views: Vec<_> =
-            candidates.iter().map(|candidate| describe_all(rank, candidate.id, &candidate.layers)).collect();
+        let backend = &self.context.backend;
+        let views = candidates
+            .iter()
+            .map(|candidate| describe_all(backend, rank, candidate.id, &candidate.layers))
+            .collect::<Result<Vec<_>>>()?;
         let mut sequences: Vec<KvhookPrepareSequence> = candidates
             .iter()
             .zip(&views)
@@ -339,9 +351,10 @@ impl KvPlugins {
             .collect();
         let lent = array_mut(&mut sequences);
         // SAFETY: the host lives. The rows belong to this rank, on whose thread we are, and are described as they lie:
-        // tables come from the block pool, whose numbers lie in every rank's buffers. Nobody writes them meanwhile.
+        // tables come from the block pool, whose numbers lie in every rank's buffers. Nobody writes them meanwhile; on a
+        // CUDA device all work, the going back of the tables too, is behind this on the same stream.
         call("kvhook_prepare", |error| unsafe {
-            kvhook_prepare(self.host.as_ptr(), rank.rank as u32, lent, ptr::null_mut(), error)
+            kvhook_prepare(self.host.as_ptr(), rank.rank as u32, lent, self.stream(), error)
         })?;
         let answer = |sequence: &KvhookPrepareSequence| match sequence.ticket {
             0 => Err(Reason(sequence.reason)),
@@ -376,8 +389,17 @@ impl KvPlugins {
 
     /// Drops a ticket because there is no room for its rows.
     pub(super) fn drop_for_room(&self, ticket: u64) -> Result<()> {
+        self.drop_because(ticket, KVH_REASON_NO_ROOM)
+    }
+
+    /// Drops a ticket that a rank of this engine could not work with; nothing where the host has dropped it already.
+    pub(super) fn give_up(&self, ticket: u64) {
+        let _ = self.drop_because(ticket, KVHOOK_REASON_DROPPED);
+    }
+
+    fn drop_because(&self, ticket: u64, reason: KvhookReason) -> Result<()> {
         // SAFETY: the host lives.
-        call("kvhook_drop", |error| unsafe { kvhook_drop(self.host.as_ptr(), ticket, KVH_REASON_NO_ROOM, error) })
+        call("kvhook_drop", |error| unsafe { kvhook_drop(self.host.as_ptr(), ticket, reason, error) })
     }
 
     /// Ordinals of the blocks that each layer's table keeps.
@@ -400,9 +422,10 @@ impl KvPlugins {
 
     /// Carries a ticket out on the rank's thread. A contiguous cache then gives back the room that became free.
     pub(super) fn commit(&self, rank: &mut RankState, commit: &Commit) -> Result<Committed> {
-        let views = describe_all(rank, commit.id, &commit.layers);
+        let backend = &self.context.backend;
+        let views = describe_all(backend, rank, commit.id, &commit.layers)?;
         let fresh_layers = commit.fresh.as_ref().map_or_else(Vec::new, |blocks| fresh_layers(rank, blocks));
-        let fresh = describe_all(rank, commit.id, &fresh_layers);
+        let fresh = describe_all(backend, rank, commit.id, &fresh_layers)?;
         let mut lengths = vec![0u64; self.layers];
         let mut raw = KvhookCommit {
             struct_size: size_of::<KvhookCommit>(),
@@ -410,7 +433,7 @@ impl KvPlugins {
             layers: views.array(),
             fresh: fresh.array(),
             next_position: commit.next_position.into(),
-            stream: ptr::null_mut(),
+            stream: self.stream(),
             lengths: array_mut(&mut lengths),
             new_next_position: 0,
         };
@@ -458,19 +481,17 @@ impl KvPlugins {
         })?;
         let count = (table.count as usize).min(length);
         let of_head = |head: usize| {
-            let known: &[u32] = if count == 0 || table.data.is_null() {
-                &[]
-            } else {
-                // SAFETY: the host's table for this layer, valid until the sequence's next commit, cut or end, none of
-                // which runs meanwhile: the caller holds the runner.
-                unsafe {
-                    std::slice::from_raw_parts(table.data.offset(head as isize * table.stride_head as isize), count)
-                }
-            };
-            let later = (count..length).map(|row| next_position - (length - row) as u32);
-            known.iter().copied().chain(later).collect()
+            let mut positions = Vec::new();
+            if count > 0 && !table.data.is_null() {
+                let of_head = table.data.wrapping_offset(head as isize * table.stride_head as isize);
+                // SAFETY: the host's table for this layer on the rank's device, valid until the sequence's next commit, cut
+                // or end, none of which runs meanwhile: the caller holds the runner.
+                positions = unsafe { self.context.backend.read(of_head, count) }?;
+            }
+            positions.extend((count..length).map(|row| next_position - (length - row) as u32));
+            Ok(positions)
         };
-        Ok((0..rank.shard.kv_heads.len()).map(of_head).collect())
+        (0..rank.shard.kv_heads.len()).map(of_head).collect()
     }
 
     pub(super) fn freed(&self, uid: u64, bytes: usize) -> Result<()> {
@@ -614,6 +635,7 @@ fn layer_infos(model: &Config, shard: &HeadShard) -> Vec<KvhLayerInfo> {
 fn rank_model(
     model: &Config,
     cache: &CacheConfig,
+    device: KvhDevice,
     rank: usize,
     shard: &HeadShard,
     layers: &[KvhLayerInfo],
@@ -627,7 +649,7 @@ fn rank_model(
         ranks: cache.ranks as u32,
         total_kv_heads: model.kv_heads as u32,
         first_kv_head: shard.kv_heads.start as u32,
-        device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
+        device,
         cache_dtype: dtype(cache.dtype),
         position_axes: 1,
         max_positions: model.context as u64,

@@ -1,15 +1,13 @@
 //! Shows the plugins what a rank is about to write and attend over.
 
-use std::ffi::c_void;
-use std::ptr;
 use std::sync::Arc;
 
 use kvhook_abi::raw::*;
 use kvhook_host::raw::KvhookStep;
 
 use super::KvPlugins;
-use super::views::{Buffers, array};
-use crate::rank::{BatchSequence, LayerStep, Phase, StepObserver};
+use super::views::{Buffers, array, dtype};
+use crate::rank::{Batch, BatchSequence, HeadRows, LayerStep, Phase, StepObserver};
 
 /// What a batch carries of a sequence for the plugins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -35,19 +33,30 @@ fn phase(phase: Phase) -> u32 {
     }
 }
 
+/// Whether a plugin that wants `phases` on this rank wants to see a sequence's part of a step.
+fn is_wanted(phases: u32, sequence: &BatchSequence) -> bool {
+    phases & sequence.tag.phases & phase(sequence.phase) != 0
+}
+
 impl StepObserver for Observer {
+    fn wants(&self, batch: &Batch) -> bool {
+        let phases = self.plugins.wants(self.rank);
+        phases != 0 && batch.sequences.iter().any(|sequence| is_wanted(phases, sequence))
+    }
+
     fn before_attention(&mut self, step: &LayerStep<'_>) {
-        let wanted = self.plugins.wants(self.rank);
-        let wants = |sequence: &&BatchSequence| wanted & sequence.tag.phases & phase(sequence.phase) != 0;
-        if wanted == 0 || !step.batch.sequences.iter().any(|sequence| wants(&sequence)) {
+        let phases = self.plugins.wants(self.rank);
+        let places = step.batch.sequences.iter().enumerate();
+        let sequences: Vec<_> = places.filter(|(_, sequence)| is_wanted(phases, sequence)).collect();
+        if sequences.is_empty() {
             return;
         }
-        let sequences: Vec<&BatchSequence> = step.batch.sequences.iter().filter(wants).collect();
-        let caches: Vec<KvhLayer> = sequences.iter().map(|sequence| cache_of(step, sequence)).collect();
+        let caches: Vec<KvhLayer> =
+            sequences.iter().map(|&(place, sequence)| cache_of(step, place, sequence)).collect();
         let shown: Vec<KvhStepSequence> = sequences
             .iter()
             .zip(&caches)
-            .map(|(sequence, cache)| KvhStepSequence {
+            .map(|((_, sequence), cache)| KvhStepSequence {
                 struct_size: size_of::<KvhStepSequence>(),
                 uid: sequence.tag.uid,
                 first_token: sequence.first_row as u64,
@@ -59,8 +68,8 @@ impl StepObserver for Observer {
                 cache,
             })
             .collect();
-        let (mut q, mut k, mut v) = (Shape::new(step, step.q), Shape::new(step, step.k), Shape::new(step, step.v));
-        let (q, k, v) = (q.tensor(step.q), k.tensor(step.k), v.tensor(step.v));
+        let [mut q, mut k, mut v] = [step.q, step.k, step.v].map(Shape::new);
+        let (q, k, v) = (q.tensor(step), k.tensor(step), v.tensor(step));
         let raw = KvhookStep {
             struct_size: size_of::<KvhookStep>(),
             layer: step.layer as u32,
@@ -69,10 +78,10 @@ impl StepObserver for Observer {
             k: &k,
             v: &v,
             sequences: array(&shown),
-            stream: ptr::null_mut(),
+            stream: step.backend.stream(),
         };
         // SAFETY: tensors and rows are borrowed through `step` and described as they lie; nobody writes them meanwhile,
-        // since this is the rank's own thread.
+        // since this is the rank's own thread, and on a CUDA device the work that writes them is enqueued behind this.
         if let Err(error) = unsafe { self.plugins.before_attention(self.rank, &raw) } {
             tracing::warn!(target: "kvhook", rank = self.rank, layer = step.layer, "{error}");
         }
@@ -80,7 +89,7 @@ impl StepObserver for Observer {
 }
 
 /// The rows of a sequence before the step.
-fn cache_of(step: &LayerStep<'_>, sequence: &BatchSequence) -> KvhLayer {
+fn cache_of(step: &LayerStep<'_>, place: usize, sequence: &BatchSequence) -> KvhLayer {
     let layer = &sequence.layers[step.layer];
     let buffers = step.cache.peek(sequence.id, step.layer);
     let address = |buffer: &crate::cache::KvBuffer| buffer.as_ptr().cast_mut();
@@ -91,31 +100,34 @@ fn cache_of(step: &LayerStep<'_>, sequence: &BatchSequence) -> KvhLayer {
         dtype: buffers.k.dtype(),
         paged: step.cache.is_paged(),
     };
-    buffers.describe(step.layer, step.shard.kv_heads.len(), layer.len, &layer.blocks)
+    let mut described = buffers.describe(step.layer, step.shard.kv_heads.len(), layer.len, &layer.blocks);
+    if let Some(&table) = step.tables.get(place)
+        && !described.table.data.is_null()
+    {
+        described.table.data = table as *const _;
+    }
+    described
 }
 
-/// Sizes and strides of `[rows, heads, head_dim]` without gaps.
-struct Shape {
+/// Sizes and strides of some heads' rows.
+struct Shape<'a> {
+    rows: HeadRows<'a>,
     sizes: [i64; 3],
     strides: [i64; 3],
 }
 
-impl Shape {
-    fn new(step: &LayerStep<'_>, data: &[f32]) -> Self {
-        let (rows, width) = (step.batch.rows.max(1), step.head_dim);
-        let heads = data.len() / rows / width;
-        Self {
-            sizes: [step.batch.rows as i64, heads as i64, width as i64],
-            strides: [(heads * width) as i64, width as i64, 1],
-        }
+impl<'a> Shape<'a> {
+    fn new(rows: HeadRows<'a>) -> Self {
+        let sizes = [rows.rows as i64, rows.heads as i64, rows.head_dim as i64];
+        Self { rows, sizes, strides: [rows.stride as i64, rows.head_dim as i64, 1] }
     }
 
-    fn tensor(&mut self, data: &[f32]) -> KvhTensor {
+    fn tensor(&mut self, step: &LayerStep<'_>) -> KvhTensor {
         KvhTensor {
-            data: data.as_ptr().cast_mut().cast::<c_void>(),
-            device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
+            data: self.rows.address.cast_mut(),
+            device: step.backend.device(),
             ndim: 3,
-            dtype: KvhDtype { code: KVH_DTYPE_FLOAT, bits: 32, lanes: 1 },
+            dtype: dtype(self.rows.dtype),
             shape: self.sizes.as_mut_ptr(),
             strides: self.strides.as_mut_ptr(),
             byte_offset: 0,

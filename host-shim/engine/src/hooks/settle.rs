@@ -71,6 +71,7 @@ impl Hooks {
             Ok(done) => done,
             Err(error) => {
                 give_back(cache.pool.as_deref_mut(), fresh.or(pending.fresh));
+                self.plugins.give_up(pending.ticket);
                 self.failed(id, &error);
                 return Ok(());
             }
@@ -115,7 +116,7 @@ impl Hooks {
         match (moved, failure) {
             (Some(moved), None) => Ok(Ok(moved)),
             (None, Some(error)) => Ok(Err(error)),
-            // The ranks' rows are checked alike, so one that fails alone shows a defect.
+            // The ranks' rows are checked alike, so one that fails alone shows a defect, or a device that is lost or full.
             (Some(_), Some(error)) => Err(Error::SplitCommit { sequence: commit.id, reason: error.to_string() }),
             (None, None) => Err(Error::Empty { what: "the list of ranks" }),
         }

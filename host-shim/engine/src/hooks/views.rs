@@ -7,6 +7,8 @@ use std::ptr;
 use kvhook_abi::raw::*;
 
 use crate::cache::{KvDtype, LayerCache, RankCache, RowLayout};
+use crate::device::Backend;
+use crate::error::Result;
 use crate::rank::RankState;
 
 /// The host's name of an element type.
@@ -77,11 +79,13 @@ impl Buffers {
     }
 }
 
-/// All layers of a sequence on a rank, and the borrow of the block tables that they lead to. Valid until the rank's cache
-/// changes.
+/// All layers of a sequence on a rank, and the block tables that they lead to. Valid until the rank's cache changes.
 pub(super) struct Described<'a> {
     layers: Vec<KvhLayer>,
     tables: PhantomData<&'a [LayerCache]>,
+    /// Copies of the tables, which go back in the stream's order.
+    #[cfg(feature = "cuda")]
+    _on_device: Option<crate::device::cuda::Tables>,
 }
 
 impl Described<'_> {
@@ -92,14 +96,44 @@ impl Described<'_> {
 }
 
 /// Describes all layers of a sequence on a rank.
-pub(super) fn describe_all<'a>(rank: &mut RankState, id: crate::SequenceId, layers: &'a [LayerCache]) -> Described<'a> {
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device) where a CUDA device has no memory for the tables.
+pub(super) fn describe_all<'a>(
+    backend: &Backend,
+    rank: &mut RankState,
+    id: crate::SequenceId,
+    layers: &'a [LayerCache],
+) -> Result<Described<'a>> {
     let kv_heads = rank.shard.kv_heads.len();
     let paged = matches!(rank.cache, RankCache::Paged(_));
     let describe = |(index, layer): (usize, &LayerCache)| {
-        let view = rank.cache.layer(id, index, layer.len, layer.len);
+        let view = rank.cache.layer(id, index, layer.len, layer.len)?;
         let (dtype, layout) = (view.k.dtype(), view.layout);
         let buffers = Buffers { k: view.k.as_mut_ptr(), v: view.v.as_mut_ptr(), layout, dtype, paged };
-        buffers.describe(index, kv_heads, layer.len, &layer.blocks)
+        Ok(buffers.describe(index, kv_heads, layer.len, &layer.blocks))
     };
-    Described { layers: layers.iter().enumerate().map(describe).collect(), tables: PhantomData }
+    let described = layers.iter().enumerate().map(describe).collect::<Result<Vec<_>>>()?;
+    match backend {
+        Backend::Cpu => Ok(Described {
+            layers: described,
+            tables: PhantomData,
+            #[cfg(feature = "cuda")]
+            _on_device: None,
+        }),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(cuda) => {
+            let mut described = described;
+            let mut on_device = None;
+            if paged && !layers.is_empty() {
+                let tables = layers.iter().map(|layer| layer.blocks.as_slice());
+                let (tables, addresses) = crate::device::cuda::Tables::new(cuda.driver(), tables)?;
+                for (layer, address) in described.iter_mut().zip(addresses) {
+                    layer.table.data = address as *const c_void;
+                }
+                on_device = Some(tables);
+            }
+            Ok(Described { layers: described, tables: PhantomData, _on_device: on_device })
+        }
+    }
 }

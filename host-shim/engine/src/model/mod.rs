@@ -24,6 +24,8 @@ pub struct Model {
     pub weights: Weights,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
+    /// Its weights on other devices.
+    pub(crate) copies: crate::device::Copies,
 }
 
 impl Model {
@@ -36,6 +38,6 @@ impl Model {
         let config = Config::read(&mut gguf)?;
         let tokenizer = Tokenizer::read(&gguf)?;
         let weights = Weights::read(&mut gguf, &config)?;
-        Ok(Self { config, weights, tokenizer })
+        Ok(Self { config, weights, tokenizer, copies: crate::device::Copies::default() })
     }
 }

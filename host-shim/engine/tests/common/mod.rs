@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use kvhook_engine::cache::{CacheKind, KvBuffer, read_rows};
 use kvhook_engine::hooks::Figures;
 use kvhook_engine::model::fetch;
-use kvhook_engine::{ArmConfig, Begin, CacheConfig, KvDtype, Model, PluginConfig, Runner, SequenceId};
+use kvhook_engine::{ArmConfig, Begin, CacheConfig, Device, KvDtype, Model, PluginConfig, Runner, SequenceId};
 
 /// The default model, fetched on first use.
 pub fn model() -> Arc<Model> {
@@ -30,15 +30,26 @@ pub fn novel(start: usize, count: usize) -> Vec<u32> {
     tokens[start..start + count].to_vec()
 }
 
-pub const CONTIGUOUS: CacheConfig =
-    CacheConfig { kind: CacheKind::Contiguous, dtype: KvDtype::F32, ranks: 1, prefix_sharing: true };
+pub const CONTIGUOUS: CacheConfig = CacheConfig {
+    kind: CacheKind::Contiguous,
+    dtype: KvDtype::F32,
+    ranks: 1,
+    prefix_sharing: true,
+    device: Device::Cpu,
+};
 
 pub fn paged(block_size: usize, blocks: usize) -> CacheConfig {
     CacheConfig { kind: CacheKind::Paged { block_size, blocks }, ..CONTIGUOUS }
 }
 
+/// The same cache on the device that `KVHOOK_TEST_DEVICE` names, as in `cuda`; else on the CPU.
+pub fn placed(cache: CacheConfig) -> CacheConfig {
+    let device = std::env::var("KVHOOK_TEST_DEVICE").map_or(cache.device, |name| name.parse().unwrap());
+    CacheConfig { device, ..cache }
+}
+
 pub fn runner(config: CacheConfig) -> Runner {
-    Runner::new(model(), config).unwrap()
+    Runner::new(model(), placed(config)).unwrap()
 }
 
 /// Bit patterns, so that a comparison is of bits and not of values.
@@ -62,7 +73,7 @@ pub fn truncate(config: &str) -> PluginConfig {
 
 /// A runner with plugins.
 pub fn with(cache: CacheConfig, plugins: &PluginConfig) -> Runner {
-    Runner::with_plugins(model(), cache, plugins).unwrap()
+    Runner::with_plugins(model(), placed(cache), plugins).unwrap()
 }
 
 /// The same cache without prefix sharing.

@@ -82,7 +82,8 @@ unsafe fn write_answer(out: *mut KvhookAnswer, head: KvhookAnswer, answer: &Answ
 /// `sequences` are `KvhookPrepareSequence` elements, whose `ticket` and `reason` are filled. A sequence that is kept,
 /// whatever its plugin did wrong, gets ticket 0 and a reason; so does one that is not live any more
 /// (`KVHOOK_REASON_DROPPED`). The first rank opens the ticket; ranks that come later join it while event and next position
-/// are the same. A rank that keeps drops it for all.
+/// are the same. A rank that keeps drops it for all. On a device the work is enqueued on `stream`, nothing waits for it, and
+/// the rows must not be written before it is done.
 ///
 /// Thread: the rank's; waits for calls of its instances that are under way. Rows must not be written during the call.
 /// Returns `KVHOOK_ERR_VIEW` when a layer is not one that the row formula describes, or differs from the model: then every

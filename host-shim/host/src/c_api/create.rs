@@ -14,7 +14,10 @@ use crate::raw::*;
 /// `kvhook_host_destroy`. The callbacks must stay callable as long as the host lives; everything else is copied.
 ///
 /// Thread: any.
-/// Returns `KVHOOK_ERR_UNSUPPORTED` for a device or cache dtype that this host does not move.
+/// Ranks with a CUDA device: the primary context of each is retained, and the host's kernels are loaded; that may wait for
+/// the device. The callbacks must give memory.
+/// Returns `KVHOOK_ERR_UNSUPPORTED` for a device or cache dtype that this host does not move, a driver that is missing or
+/// too old, and a context that is not the primary one; `KVHOOK_ERR_DEVICE` when the driver fails.
 ///
 /// # Safety
 /// Arguments are null or as the header says.

@@ -5,7 +5,7 @@ use kvhook_abi::raw::KvhStr;
 use crate::figures::reason_name;
 use crate::raw::*;
 
-const STATUSES: [(KvhookStatus, &str); 38] = [
+const STATUSES: [(KvhookStatus, &str); 39] = [
     (KVHOOK_OK, "ok"),
     (KVHOOK_ERR_FILE_MISSING, "file_missing"),
     (KVHOOK_ERR_FILE_UNREADABLE, "file_unreadable"),
@@ -44,6 +44,7 @@ const STATUSES: [(KvhookStatus, &str); 38] = [
     (KVHOOK_ERR_FORK_REFUSED, "fork_refused"),
     (KVHOOK_ERR_INTERNAL, "internal"),
     (KVHOOK_ERR_BUFFER_TOO_SMALL, "buffer_too_small"),
+    (KVHOOK_ERR_DEVICE, "device"),
 ];
 
 /// A status in one word: `unknown_uid`; `unknown` for any other number. Static text.

@@ -53,8 +53,8 @@ pub struct Policy {
 impl Policy {
     /// A policy from the operator's choices; what is empty comes from the environment:
     ///
-    /// * folders: `KVHOOK_PLUGIN_PATH` (separated by colons), else the program's folder, `deps` in it (where cargo
-    ///   builds) and `../lib/kvhook/plugins` beside it;
+    /// * folders: `KVHOOK_PLUGIN_PATH` (separated by colons), else `deps` in the program's folder (where cargo builds),
+    ///   that folder, and `../lib/kvhook/plugins` beside it;
     /// * copy folder: `kvhook/plugins` in `XDG_CACHE_HOME` or `~/.cache`, else `kvhook-<uid>` in the folder for
     ///   temporary files;
     /// * safe mode: `KVHOOK_SAFE_MODE` is set, and not to `0`.
@@ -175,7 +175,8 @@ fn default_folders() -> Vec<PathBuf> {
     }
     let program = env::current_exe().ok();
     let Some(folder) = program.as_deref().and_then(Path::parent) else { return Vec::new() };
-    let mut folders = vec![folder.to_owned(), folder.join("deps")];
+    // `deps` first: cargo puts a library beside the program only when it is asked for by name, and leaves it there to age.
+    let mut folders = vec![folder.join("deps"), folder.to_owned()];
     if let Some(prefix) = folder.parent() {
         folders.push(prefix.join("lib/kvhook/plugins"));
     }

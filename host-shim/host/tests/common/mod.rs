@@ -1,6 +1,11 @@
 //! A small engine that uses the C API and nothing else, and a plain model of what its cache must hold.
 #![allow(dead_code, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "tests")]
 
+#[cfg(feature = "cuda")]
+pub mod gpu;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_gpu.rs"]
+pub mod gpu;
 pub mod plugin;
 
 use core::ffi::c_void;
@@ -19,6 +24,8 @@ use plugin::{Script, Style, chosen, fill, mix, rewritten_tag};
 pub const F32: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 32, lanes: 1 };
 pub const F16: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 16, lanes: 1 };
 pub const BF16: KvhDtype = KvhDtype { code: KVH_DTYPE_BFLOAT, bits: 16, lanes: 1 };
+/// DLPack's `kDLFloat8_e4m3fn`.
+pub const FP8: KvhDtype = KvhDtype { code: 10, bits: 8, lanes: 1 };
 pub const ALL: u64 = 0xff;
 /// Bytes of rows that no sequence holds.
 const UNUSED: u8 = 0xee;
@@ -41,37 +48,91 @@ pub struct Shape {
     pub block_size: usize,
     pub token_major: bool,
     pub can: u64,
+    /// The cache lies on CUDA device 0; each rank has a stream of its own.
+    pub gpu: bool,
 }
 
-pub const SMALL: Shape =
-    Shape { ranks: 1, layers: 2, heads: 2, k_dim: 4, v_dim: 3, dtype: F32, block_size: 0, token_major: true, can: ALL };
+pub const SMALL: Shape = Shape {
+    ranks: 1,
+    layers: 2,
+    heads: 2,
+    k_dim: 4,
+    v_dim: 3,
+    dtype: F32,
+    block_size: 0,
+    token_major: true,
+    can: ALL,
+    gpu: false,
+};
 
 /// Counts what the host holds, and refuses one allocation.
 #[derive(Default)]
 pub struct Watch {
     pub live: AtomicI64,
+    /// Bytes that it holds, and the most that it held.
+    pub bytes: AtomicI64,
+    pub peak: AtomicI64,
     pub made: AtomicI64,
     /// The allocation that is refused, counted from 0; negative: none.
     pub refuse: AtomicI64,
     pub log: Mutex<Vec<(i32, String)>>,
     /// Runs when the host logs: the message.
     pub on_log: Mutex<Option<OnLog>>,
+    pub gpu: bool,
+    /// Memory of the device that the host gave back: address and bytes. Its guards are looked at when the work is done.
+    pub buried: Mutex<Vec<(usize, usize)>>,
+    /// Memory of the device that is given out once, without a call of the driver's, where there is any: what is left.
+    pub pool: Mutex<std::ops::Range<usize>>,
 }
 
 pub type OnLog = Box<dyn Fn(&str) + Send>;
 
-unsafe extern "C" fn allocate(context: *mut c_void, _: u32, bytes: u64, alignment: u64, _: *mut c_void) -> *mut c_void {
+unsafe extern "C" fn allocate(
+    context: *mut c_void,
+    _: u32,
+    bytes: u64,
+    alignment: u64,
+    stream: *mut c_void,
+) -> *mut c_void {
     let watch = unsafe { &*context.cast::<Watch>() };
     if watch.made.fetch_add(1, Ordering::SeqCst) == watch.refuse.load(Ordering::SeqCst) {
         return null_mut();
     }
     watch.live.fetch_add(1, Ordering::SeqCst);
+    let held = watch.bytes.fetch_add(bytes as i64, Ordering::SeqCst) + bytes as i64;
+    watch.peak.fetch_max(held, Ordering::SeqCst);
+    if watch.gpu {
+        let mut pool = watch.pool.lock().unwrap();
+        if pool.is_empty() {
+            return gpu::alloc(bytes as usize, stream);
+        }
+        let start = pool.start;
+        pool.start += (bytes as usize).next_multiple_of(256);
+        assert!(pool.start < pool.end, "the test's pool is too small");
+        return start as *mut c_void;
+    }
     unsafe { alloc(Layout::from_size_align(bytes as usize, alignment as usize).unwrap()).cast() }
 }
 
-unsafe extern "C" fn free(context: *mut c_void, _: u32, data: *mut c_void, bytes: u64, alignment: u64, _: *mut c_void) {
+unsafe extern "C" fn free(
+    context: *mut c_void,
+    _: u32,
+    data: *mut c_void,
+    bytes: u64,
+    alignment: u64,
+    stream: *mut c_void,
+) {
     let watch = unsafe { &*context.cast::<Watch>() };
     watch.live.fetch_sub(1, Ordering::SeqCst);
+    watch.bytes.fetch_sub(bytes as i64, Ordering::SeqCst);
+    if watch.gpu {
+        if !watch.pool.lock().unwrap().is_empty() {
+            return;
+        }
+        gpu::poison(data, bytes as usize, stream);
+        watch.buried.lock().unwrap().push((data as usize, bytes as usize));
+        return;
+    }
     // Whoever reads freed memory reads nonsense.
     unsafe {
         data.cast::<u8>().write_bytes(0xdd, bytes as usize);
@@ -93,6 +154,10 @@ pub struct Engine {
     pub raw: *mut KvhookHost,
     pub shape: Shape,
     pub watch: Box<Watch>,
+    /// Each rank's.
+    pub streams: Vec<*mut c_void>,
+    /// Copies of caches on the device that enqueued work may read.
+    placed: Mutex<Vec<Placed>>,
 }
 
 unsafe impl Send for Engine {}
@@ -116,9 +181,83 @@ pub fn call(function: impl FnOnce(*mut KvhText) -> KvhookStatus) -> Answer<()> {
     }
 }
 
+/// Makes a host for a device, with memory of the engine's or without.
+pub fn create_on(device_type: i32, device_id: i32, memory: bool) -> Answer<()> {
+    create_for(SMALL, KvhDevice { device_type, device_id }, memory)
+}
+
+/// As [`create_on`], of a shape.
+pub fn create_for(shape: Shape, device: KvhDevice, memory: bool) -> Answer<()> {
+    let watch = Watch::default();
+    let callbacks = KvhookCallbacks {
+        struct_size: size_of::<KvhookCallbacks>(),
+        context: (&raw const watch).cast_mut().cast(),
+        log: Some(log),
+        log_max_level: None,
+        allocate: memory.then_some(allocate),
+        free: memory.then_some(free),
+    };
+    let mut raw = null_mut();
+    let made = create(shape, device, &callbacks, &mut raw);
+    unsafe { kvhook_host_destroy(raw) };
+    made
+}
+
+fn create(shape: Shape, device: KvhDevice, callbacks: &KvhookCallbacks, raw: &mut *mut KvhookHost) -> Answer<()> {
+    let info = || KvhLayerInfo {
+        struct_size: size_of::<KvhLayerInfo>(),
+        kind: KVH_LAYER_FULL,
+        flags: 0,
+        window: 0,
+        shared_with: -1,
+        kv_heads: shape.heads as u32,
+        q_heads: shape.heads as u32,
+        k_head_dim: shape.k_dim as u32,
+        v_head_dim: shape.v_dim as u32,
+    };
+    let infos: Vec<_> = (0..shape.layers).map(|_| info()).collect();
+    let models: Vec<_> = (0..shape.ranks)
+        .map(|rank| KvhModel {
+            struct_size: size_of::<KvhModel>(),
+            name: KvhStr::new("mock"),
+            rank: rank as u32,
+            ranks: shape.ranks as u32,
+            total_kv_heads: (shape.heads * shape.ranks) as u32,
+            first_kv_head: (shape.heads * rank) as u32,
+            device,
+            cache_dtype: shape.dtype,
+            position_axes: 1,
+            max_positions: 1 << 20,
+            rope_base: 1e4,
+            rope_frequencies: null(),
+            rotary_dim: 2,
+            rope_pairing: KVH_ROPE_HALF_SPLIT,
+            layers: array(&infos),
+        })
+        .collect();
+    let offers = KvhOffers {
+        struct_size: size_of::<KvhOffers>(),
+        can: shape.can,
+        max_window_queries: 64,
+        block_size: shape.block_size as u32,
+    };
+    let config = KvhookHostConfig {
+        struct_size: size_of::<KvhookHostConfig>(),
+        engine: KvhStr::new("mock 1"),
+        callbacks,
+        models: array(&models),
+        offers: &offers,
+        plugin_folders: array::<KvhStr>(&[]),
+        copy_folder: KvhStr::new(""),
+    };
+    call(|error| unsafe { kvhook_host_create(&config, raw, error) })
+}
+
 impl Engine {
     pub fn new(shape: Shape) -> Self {
-        let watch = Box::new(Watch { refuse: AtomicI64::new(-1), ..Watch::default() });
+        let watch = Box::new(Watch { refuse: AtomicI64::new(-1), gpu: shape.gpu, ..Watch::default() });
+        let device_type = if shape.gpu { KVH_DEVICE_CUDA } else { KVH_DEVICE_CPU };
+        let streams = (0..shape.ranks).map(|_| if shape.gpu { gpu::stream() } else { null_mut() }).collect();
         let callbacks = KvhookCallbacks {
             struct_size: size_of::<KvhookCallbacks>(),
             context: (&raw const *watch).cast_mut().cast(),
@@ -127,55 +266,21 @@ impl Engine {
             allocate: Some(allocate),
             free: Some(free),
         };
-        let info = || KvhLayerInfo {
-            struct_size: size_of::<KvhLayerInfo>(),
-            kind: KVH_LAYER_FULL,
-            flags: 0,
-            window: 0,
-            shared_with: -1,
-            kv_heads: shape.heads as u32,
-            q_heads: shape.heads as u32,
-            k_head_dim: shape.k_dim as u32,
-            v_head_dim: shape.v_dim as u32,
-        };
-        let infos: Vec<_> = (0..shape.layers).map(|_| info()).collect();
-        let models: Vec<_> = (0..shape.ranks)
-            .map(|rank| KvhModel {
-                struct_size: size_of::<KvhModel>(),
-                name: KvhStr::new("mock"),
-                rank: rank as u32,
-                ranks: shape.ranks as u32,
-                total_kv_heads: (shape.heads * shape.ranks) as u32,
-                first_kv_head: (shape.heads * rank) as u32,
-                device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
-                cache_dtype: shape.dtype,
-                position_axes: 1,
-                max_positions: 1 << 20,
-                rope_base: 1e4,
-                rope_frequencies: null(),
-                rotary_dim: 2,
-                rope_pairing: KVH_ROPE_HALF_SPLIT,
-                layers: array(&infos),
-            })
-            .collect();
-        let offers = KvhOffers {
-            struct_size: size_of::<KvhOffers>(),
-            can: shape.can,
-            max_window_queries: 64,
-            block_size: shape.block_size as u32,
-        };
-        let config = KvhookHostConfig {
-            struct_size: size_of::<KvhookHostConfig>(),
-            engine: KvhStr::new("mock 1"),
-            callbacks: &callbacks,
-            models: array(&models),
-            offers: &offers,
-            plugin_folders: array::<KvhStr>(&[]),
-            copy_folder: KvhStr::new(""),
-        };
+        let device = KvhDevice { device_type, device_id: 0 };
         let mut raw = null_mut();
-        call(|error| unsafe { kvhook_host_create(&config, &mut raw, error) }).unwrap();
-        Self { raw, shape, watch }
+        create(shape, device, &callbacks, &mut raw).unwrap();
+        Self { raw, shape, watch, streams, placed: Mutex::default() }
+    }
+
+    /// Waits for the device, and looks at the guards around what was given back since.
+    pub fn sync(&self) {
+        if self.shape.gpu {
+            gpu::sync_all().unwrap();
+            self.placed.lock().unwrap().clear();
+            for (data, bytes) in self.watch.buried.lock().unwrap().drain(..) {
+                gpu::release(data as *mut c_void, bytes);
+            }
+        }
     }
 
     /// An engine with one arm, `arm`, that runs a script.
@@ -186,7 +291,12 @@ impl Engine {
     }
 
     pub fn arm(&self, spec: &ArmSpec) {
-        unsafe { (*self.raw.cast::<Host>()).arm_set_entry(spec, plugin::entry()) }.unwrap();
+        self.try_arm(spec).unwrap();
+    }
+
+    pub fn try_arm(&self, spec: &ArmSpec) -> Answer<()> {
+        let set = unsafe { (*self.raw.cast::<Host>()).arm_set_entry(spec, plugin::entry()) };
+        set.map_err(|error| (error.status(), error.to_string()))
     }
 
     pub fn begin_on(&self, arm: &str, key: &str, prompt_length: u64) -> Answer<KvhookSequence> {
@@ -217,7 +327,7 @@ impl Engine {
     }
 
     pub fn free(&self, uid: u64, reason: i32) -> Answer<()> {
-        call(|error| unsafe { kvhook_free(self.raw, uid, reason, null_mut(), error) })
+        call(|error| unsafe { kvhook_free(self.raw, uid, reason, self.streams[0], error) })
     }
 
     pub fn cut(&self, cache: &Cache) -> Answer<()> {
@@ -269,16 +379,40 @@ impl Engine {
         fresh: bool,
         shared_rows: u64,
     ) -> Answer<Vec<(u64, i32)>> {
-        let layers: Vec<Vec<KvhLayer>> = caches.iter().map(|cache| cache.layers(rank)).collect();
+        let stream = self.streams[rank];
+        let placed: Vec<Placed> = caches.iter().map(|cache| Placed::new(cache, rank, false, stream)).collect();
+        let done = self.prepare_placed(rank, caches, &placed, event, (fresh, shared_rows), stream);
+        self.placed.lock().unwrap().extend(placed);
+        done
+    }
+
+    /// As [`Engine::prepare`], with a stream that is not the rank's.
+    pub fn prepare_on(&self, rank: usize, cache: &Cache, event: i32, stream: *mut c_void) -> (u64, i32) {
+        let placed = [Placed::new(cache, rank, false, self.streams[rank])];
+        let done = self.prepare_placed(rank, &[cache], &placed, event, (false, 0), stream);
+        self.placed.lock().unwrap().extend(placed);
+        done.unwrap()[0]
+    }
+
+    /// As [`Engine::prepare_all`], of rows that were placed before.
+    pub fn prepare_placed(
+        &self,
+        rank: usize,
+        caches: &[&Cache],
+        placed: &[Placed],
+        event: i32,
+        (fresh, shared_rows): (bool, u64),
+        stream: *mut c_void,
+    ) -> Answer<Vec<(u64, i32)>> {
         let mut sequences: Vec<_> = caches
             .iter()
-            .zip(&layers)
-            .map(|(cache, layers)| KvhookPrepareSequence {
+            .zip(placed)
+            .map(|(cache, placed)| KvhookPrepareSequence {
                 struct_size: size_of::<KvhookPrepareSequence>(),
                 uid: cache.uid,
                 event,
                 fresh: fresh.into(),
-                layers: array(layers),
+                layers: array(&placed.layers),
                 next_position: cache.next_position,
                 shared_rows,
                 published_rows: 0,
@@ -288,7 +422,7 @@ impl Engine {
             })
             .collect();
         let elements = array_mut(&mut sequences);
-        call(|error| unsafe { kvhook_prepare(self.raw, rank as u32, elements, null_mut(), error) })?;
+        call(|error| unsafe { kvhook_prepare(self.raw, rank as u32, elements, stream, error) })?;
         Ok(sequences.iter().map(|sequence| (sequence.ticket, sequence.reason)).collect())
     }
 
@@ -310,8 +444,14 @@ impl Engine {
         }
     }
 
-    /// Verdict, reason, movement, counts.
+    /// Verdict, reason, movement, counts, when every rank's device has said it.
     pub fn verdict(&self, ticket: u64) -> Answer<(i32, i32, i32, Vec<u64>)> {
+        self.sync();
+        self.verdict_now(ticket)
+    }
+
+    /// As [`Engine::verdict`], without waiting.
+    pub fn verdict_now(&self, ticket: u64) -> Answer<(i32, i32, i32, Vec<u64>)> {
         let mut counts = vec![0u64; self.shape.layers];
         let mut out = KvhookVerdict {
             struct_size: size_of::<KvhookVerdict>(),
@@ -338,16 +478,52 @@ impl Engine {
         ticket: u64,
         fresh: Option<&Cache>,
     ) -> Answer<(Vec<u64>, u64)> {
-        let layers = cache.layers(rank);
-        let fresh = fresh.map_or(Vec::new(), |fresh| fresh.room(rank));
+        self.commit_with(rank, cache, ticket, fresh, self.streams[rank])
+    }
+
+    /// As [`Engine::commit_rank`], in place, with a stream that is not the rank's.
+    pub fn commit_on(&self, rank: usize, cache: &Cache, ticket: u64, told: *mut c_void) -> Answer<(Vec<u64>, u64)> {
+        self.commit_with(rank, cache, ticket, None, told)
+    }
+
+    fn commit_with(
+        &self,
+        rank: usize,
+        cache: &Cache,
+        ticket: u64,
+        fresh: Option<&Cache>,
+        told: *mut c_void,
+    ) -> Answer<(Vec<u64>, u64)> {
+        let stream = self.streams[rank];
+        let placed = Placed::new(cache, rank, false, stream);
+        let fresh = fresh.map(|fresh| Placed::new(fresh, rank, true, stream));
+        let done = self.commit_placed(rank, cache, ticket, &placed, fresh.as_ref(), told);
+        if self.shape.gpu {
+            gpu::sync(stream);
+            placed.read_back();
+            fresh.iter().for_each(Placed::read_back);
+        }
+        done
+    }
+
+    /// As [`Engine::commit_rank`], of rows that were placed before and are read back by the caller: it waits for nothing.
+    pub fn commit_placed(
+        &self,
+        rank: usize,
+        cache: &Cache,
+        ticket: u64,
+        placed: &Placed,
+        fresh: Option<&Placed>,
+        stream: *mut c_void,
+    ) -> Answer<(Vec<u64>, u64)> {
         let mut lengths = vec![0u64; self.shape.layers];
         let mut commit = KvhookCommit {
             struct_size: size_of::<KvhookCommit>(),
             ticket,
-            layers: array(&layers),
-            fresh: array(&fresh),
+            layers: array(&placed.layers),
+            fresh: array(fresh.map_or(&[][..], |fresh| &fresh.layers)),
             next_position: cache.next_position,
-            stream: null_mut(),
+            stream,
             lengths: array_mut(&mut lengths),
             new_next_position: 0,
         };
@@ -502,7 +678,7 @@ impl Engine {
                     for (place, &(position, _)) in rows.iter().enumerate() {
                         let found = if (place as u64) < out.count {
                             let at = head as i64 * out.stride_head + place as i64;
-                            u64::from(unsafe { out.data.offset(at as isize).read() })
+                            u64::from(self.number(unsafe { out.data.offset(at as isize) }))
                         } else {
                             cache.next_position - (rows.len() - place) as u64
                         };
@@ -513,7 +689,16 @@ impl Engine {
         }
     }
 
+    /// A number of the host's, wherever it lies.
+    fn number(&self, at: *const u32) -> u32 {
+        match self.shape.gpu {
+            true => u32::from_ne_bytes(gpu::get(at.cast(), 4).try_into().unwrap()),
+            false => unsafe { at.read() },
+        }
+    }
+
     pub fn destroy(&mut self) {
+        self.sync();
         unsafe { kvhook_host_destroy(self.raw) };
         self.raw = null_mut();
     }
@@ -523,7 +708,69 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.destroy();
         if !std::thread::panicking() {
+            self.sync();
+            self.streams.iter().filter(|_| self.shape.gpu).for_each(|&stream| gpu::end(stream));
             assert_eq!(self.watch.live.load(Ordering::SeqCst), 0, "memory that was not given back");
+        }
+    }
+}
+
+/// A rank's layers where its device finds them: the cache's own bytes, or a copy of them on the GPU.
+pub struct Placed {
+    layers: Vec<KvhLayer>,
+    /// On the GPU: the copy, what it is a copy of, and its bytes.
+    copies: Vec<(*mut c_void, *mut u8, usize)>,
+}
+
+unsafe impl Send for Placed {}
+
+impl Placed {
+    /// `room`: all rows, as fresh ones.
+    pub fn new(cache: &Cache, rank: usize, room: bool, stream: *mut c_void) -> Self {
+        let mut placed = Self { layers: if room { cache.room(rank) } else { cache.layers(rank) }, copies: Vec::new() };
+        if cache.shape.gpu {
+            for (layer, store) in placed.layers.iter_mut().zip(&cache.stores[rank]) {
+                let mut copy = |bytes: &[u8]| {
+                    let data = gpu::alloc(bytes.len(), stream);
+                    gpu::put(data.cast(), bytes, stream);
+                    placed.copies.push((data, bytes.as_ptr().cast_mut(), bytes.len()));
+                    data
+                };
+                layer.k.base = copy(&store.k);
+                layer.v.base = copy(&store.v);
+                if !store.table.is_empty() {
+                    let entries: Vec<u8> = store.table.iter().flat_map(|entry| entry.to_ne_bytes()).collect();
+                    let data = gpu::alloc(entries.len(), stream);
+                    gpu::put(data.cast(), &entries, stream);
+                    placed.copies.push((data, null_mut(), entries.len()));
+                    layer.table.data = data;
+                }
+            }
+        }
+        placed
+    }
+
+    /// Writes the rows of another cache of the same shape over the copies.
+    pub fn write(&self, cache: &Cache, rank: usize, stream: *mut c_void) {
+        let content = cache.stores[rank].iter().flat_map(|store| [&store.k, &store.v]);
+        for (&(copy, ..), bytes) in self.copies.iter().filter(|copy| !copy.1.is_null()).zip(content) {
+            gpu::put(copy.cast(), bytes, stream);
+        }
+    }
+
+    /// Copies what the GPU holds back into the cache. The stream is done.
+    pub fn read_back(&self) {
+        for &(copy, original, length) in self.copies.iter().filter(|copy| !copy.1.is_null()) {
+            // What is a vector's content is written behind its back, as the host does on the CPU.
+            unsafe { original.copy_from_nonoverlapping(gpu::get(copy.cast(), length).as_ptr(), length) };
+        }
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        for &(copy, _, length) in &self.copies {
+            gpu::release(copy, length);
         }
     }
 }
@@ -601,6 +848,19 @@ impl Cache {
             (_, false) => (store.table[token / size] as usize * heads + head) * size + token % size,
         };
         index * row
+    }
+
+    /// K and V of the first tokens of every head.
+    pub fn first_rows(&self, count: usize) -> Vec<Vec<u8>> {
+        let mut rows = Vec::new();
+        for store in self.stores.iter().flatten() {
+            for (data, dim) in [(&store.k, self.shape.k_dim), (&store.v, self.shape.v_dim)] {
+                for (head, token) in (0..self.shape.heads).flat_map(|head| (0..count).map(move |token| (head, token))) {
+                    rows.push(data[self.at(store, dim, token, head)..][..self.row_bytes(dim)].to_vec());
+                }
+            }
+        }
+        rows
     }
 
     /// Adds tokens to every layer.

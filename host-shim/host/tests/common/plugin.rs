@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use kvhook_abi::ids::*;
 use kvhook_abi::raw::*;
 
+use super::gpu;
+
 /// How a plan names the rows that it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
@@ -152,6 +154,9 @@ struct Instance {
     host: *const KvhHost,
     rank: u32,
     heads: Vec<u32>,
+    gpu: bool,
+    /// Of the call that is under way.
+    stream: *mut c_void,
 }
 
 struct Entry(KvhPluginEntry);
@@ -202,7 +207,8 @@ unsafe extern "C" fn create(args: *const KvhCreateArgs, out: *mut *mut KvhInstan
         unsafe { core::slice::from_raw_parts(model.layers.data.cast::<KvhLayerInfo>(), model.layers.count as usize) };
     script.live.fetch_add(1, Ordering::SeqCst);
     let heads = layers.iter().map(|layer| layer.kv_heads).collect();
-    let instance = Instance { script, host: args.host, rank: model.rank, heads };
+    let gpu = model.device.device_type == KVH_DEVICE_CUDA;
+    let instance = Instance { script, host: args.host, rank: model.rank, heads, gpu, stream: core::ptr::null_mut() };
     unsafe { out.write(Box::into_raw(Box::new(instance)).cast()) };
     KVH_OK
 }
@@ -258,8 +264,30 @@ impl Instance {
     unsafe fn numbers(&self, call: *mut KvhCall, sequence: u64, numbers: &[u32]) -> Option<*const u32> {
         let bytes = (numbers.len() * 4) as u64;
         let data = unsafe { self.allocate(call, KVH_MEMORY_TICKET, sequence, bytes)? }.cast::<u32>();
-        unsafe { data.copy_from_nonoverlapping(numbers.as_ptr(), numbers.len()) };
+        let numbers: Vec<u8> = numbers.iter().flat_map(|number| number.to_ne_bytes()).collect();
+        self.write(data.cast(), &numbers);
         Some(data)
+    }
+
+    /// Writes to the instance's device, in the stream's order.
+    fn write(&self, data: *mut u8, bytes: &[u8]) {
+        match self.gpu {
+            true => gpu::put(data, bytes, self.stream),
+            false => unsafe { data.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) },
+        }
+    }
+
+    /// Position of a row.
+    fn position(&self, layer: &KvhLayer, next_position: u64, row: u64, head: u64) -> u64 {
+        let positions = layer.positions;
+        if row >= positions.count {
+            return next_position - (layer.length - row);
+        }
+        let at = positions.data.wrapping_offset(head as isize * positions.stride_head as isize + row as isize);
+        u64::from(match self.gpu {
+            true => u32::from_ne_bytes(gpu::get(at.cast(), 4).try_into().unwrap()),
+            false => unsafe { at.read() },
+        })
     }
 
     /// Fills a plan; none when memory is refused.
@@ -310,19 +338,23 @@ impl Instance {
                             _ => ranges.push(KvhRange { start: row, length: 1 }),
                         }
                     }
-                    let bytes = (ranges.len() * size_of::<KvhRange>()) as u64;
-                    let data = unsafe { self.allocate(call, KVH_MEMORY_TICKET, place, bytes)? }.cast::<KvhRange>();
-                    unsafe { data.copy_from_nonoverlapping(ranges.as_ptr(), ranges.len()) };
-                    (out.ranges, out.range_count) = (data, ranges.len() as u32);
+                    out.range_count = ranges.len() as u32;
+                    out.ranges = if self.gpu {
+                        // Host memory, whatever the device.
+                        ranges.leak().as_ptr()
+                    } else {
+                        let bytes = (ranges.len() * size_of::<KvhRange>()) as u64;
+                        let data = unsafe { self.allocate(call, KVH_MEMORY_TICKET, place, bytes)? }.cast::<KvhRange>();
+                        unsafe { data.copy_from_nonoverlapping(ranges.as_ptr(), ranges.len()) };
+                        data
+                    };
                 }
                 Style::Rewrite | Style::Rerotate => {
-                    let view =
-                        unsafe { kvhook_abi::LayerView::from_raw(KvhLayer { ..*layer }, sequence.next_position) };
                     let positions: Vec<u32> = (0..heads)
                         .flat_map(|head| rows(0).into_iter().enumerate().map(move |(place, row)| (head, place, row)))
                         .map(|(head, place, row)| match style {
                             Style::Rerotate => place as u32,
-                            _ => view.position(row as usize, head as usize).unwrap() as u32,
+                            _ => self.position(layer, sequence.next_position, row, head) as u32,
                         })
                         .collect();
                     out.positions = unsafe { self.numbers(call, place, &positions)? };
@@ -334,8 +366,9 @@ impl Instance {
                             for (which, rows) in [(0, &lent.k), (1, &lent.v)] {
                                 let at = row as i64 * rows.stride_token + head as i64 * rows.stride_head;
                                 let bytes = rows.head_dim as usize * usize::from(rows.dtype.bits / 8);
-                                let data = unsafe { rows.base.cast::<u8>().offset(at as isize) };
-                                fill(unsafe { core::slice::from_raw_parts_mut(data, bytes) }, tag, which);
+                                let mut row = vec![0; bytes];
+                                fill(&mut row, tag, which);
+                                self.write(rows.base.cast::<u8>().wrapping_offset(at as isize), &row);
                             }
                         }
                     }
@@ -367,7 +400,9 @@ unsafe extern "C" fn prepare(
     out: *mut KvhPrepareOut,
     error: *mut KvhText,
 ) -> KvhStatus {
-    let (instance, args, out) = unsafe { (&*instance.cast::<Instance>(), &*args, &mut *out) };
+    let (instance, args, out) = unsafe { (&mut *instance.cast::<Instance>(), &*args, &mut *out) };
+    instance.stream = args.stream;
+    let instance = &*instance;
     let script = &instance.script;
     script.prepared.fetch_add(1, Ordering::SeqCst);
     if let Some(inside) = &*script.inside.lock().unwrap() {

@@ -390,6 +390,16 @@ impl Instance {
     }
 
     pub fn create(config: &str, shape: Shape, offer: Offer) -> Result<Self, (KvhStatus, String)> {
+        Self::create_for(config, shape, offer, Dtype::F32.raw())
+    }
+
+    /// As [`Instance::create`], for a cache of some dtype.
+    pub fn create_for(
+        config: &str,
+        shape: Shape,
+        offer: Offer,
+        cache_dtype: KvhDtype,
+    ) -> Result<Self, (KvhStatus, String)> {
         // SAFETY: returns a static.
         let entry = unsafe { &*kvh_plugin_entry_v1() };
         let mut lender = Box::new(Lender::default());
@@ -422,7 +432,7 @@ impl Instance {
             total_kv_heads: 8,
             first_kv_head: shape.first_kv_head,
             device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
-            cache_dtype: Dtype::F32.raw(),
+            cache_dtype,
             position_axes: 1,
             max_positions: 1 << 20,
             rope_base: 10_000.0,

@@ -1,0 +1,101 @@
+// The few functions of the CUDA driver API that the test engine uses, found in libcuda at run time: no header of CUDA is
+// needed to build it.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <dlfcn.h>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+namespace cuda {
+
+using Status = int;
+using Pointer = std::uint64_t;
+using Context = void *;
+using Stream = void *;
+
+class Driver {
+public:
+    // Null where there is no driver or no device.
+    static const Driver *open() {
+        static Driver driver;
+        return driver.usable_ ? &driver : nullptr;
+    }
+
+    Pointer allocate(std::size_t bytes, Stream stream) const {
+        Pointer data = 0;
+        return mem_alloc_async_(&data, bytes, stream) == 0 ? data : 0;
+    }
+    void free(Pointer data, Stream stream) const { check(mem_free_async_(data, stream), "cuMemFreeAsync"); }
+    // In the stream's order. `from` may be used again at once: pageable memory is copied before the call returns.
+    void upload(Pointer to, const void *from, std::size_t bytes, Stream stream) const { check(to_device_(to, from, bytes, stream), "cuMemcpyHtoDAsync"); }
+    void download(void *to, Pointer from, std::size_t bytes) const { check(to_host_(to, from, bytes), "cuMemcpyDtoH"); }
+    Stream stream() const {
+        Stream stream = nullptr;
+        check(stream_create_(&stream, 1), "cuStreamCreate");
+        return stream;
+    }
+    void synchronize(Stream stream) const { check(stream_synchronize_(stream), "cuStreamSynchronize"); }
+    // The stream waits until `opened` is set, or for 20 seconds.
+    void block(Stream stream, const std::atomic<bool> &opened) const {
+        const auto wait = [](void *opened) {
+            const auto *flag = static_cast<const std::atomic<bool> *>(opened);
+            for (int ms = 0; ms < 20000 && !flag->load(); ++ms) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        };
+        check(launch_host_(stream, wait, const_cast<std::atomic<bool> *>(&opened)), "cuLaunchHostFunc");
+    }
+    // Makes the primary context current on this thread.
+    void enter() const { check(set_current_(context_), "cuCtxSetCurrent"); }
+
+private:
+    Driver() {
+        void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        if (library == nullptr) return;
+        find(library, "cuInit", init_);
+        find(library, "cuDeviceGet", device_get_);
+        find(library, "cuDevicePrimaryCtxRetain", retain_);
+        find(library, "cuCtxSetCurrent", set_current_);
+        find(library, "cuMemAllocAsync", mem_alloc_async_);
+        find(library, "cuMemFreeAsync", mem_free_async_);
+        find(library, "cuMemcpyHtoDAsync_v2", to_device_);
+        find(library, "cuMemcpyDtoH_v2", to_host_);
+        find(library, "cuStreamCreate", stream_create_);
+        find(library, "cuStreamSynchronize", stream_synchronize_);
+        find(library, "cuLaunchHostFunc", launch_host_);
+        int device = 0;
+        if (init_(0) != 0 || device_get_(&device, 0) != 0) return;
+        check(retain_(&context_, device), "cuDevicePrimaryCtxRetain");
+        enter();
+        usable_ = true;
+    }
+
+    template <class Function>
+    static void find(void *library, const char *name, Function &function) {
+        function = reinterpret_cast<Function>(dlsym(library, name));
+        if (function == nullptr) throw std::runtime_error(std::string("libcuda has no ") + name);
+    }
+
+    static void check(Status status, const char *what) {
+        if (status != 0) throw std::runtime_error(std::string(what) + " answered " + std::to_string(status));
+    }
+
+    bool usable_ = false;
+    Context context_ = nullptr;
+    Status (*init_)(unsigned) = nullptr;
+    Status (*device_get_)(int *, int) = nullptr;
+    Status (*retain_)(Context *, int) = nullptr;
+    Status (*set_current_)(Context) = nullptr;
+    Status (*mem_alloc_async_)(Pointer *, std::size_t, Stream) = nullptr;
+    Status (*mem_free_async_)(Pointer, Stream) = nullptr;
+    Status (*to_device_)(Pointer, const void *, std::size_t, Stream) = nullptr;
+    Status (*to_host_)(void *, Pointer, std::size_t) = nullptr;
+    Status (*stream_create_)(Stream *, unsigned) = nullptr;
+    Status (*stream_synchronize_)(Stream) = nullptr;
+    Status (*launch_host_)(Stream, void (*)(void *), void *) = nullptr;
+};
+
+}  // namespace cuda
