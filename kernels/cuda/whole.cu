@@ -3,7 +3,7 @@
 
 using namespace kvhook;
 
-namespace {
+namespace kvhook {
 
 constexpr int THREADS = 256, TILE = 1024;
 
@@ -50,7 +50,7 @@ template <class F> __device__ uint32_t up_to(uint32_t count, uint32_t value, F n
     return low;
 }
 
-} // namespace
+} // namespace kvhook
 
 // One tile of one list a block.
 extern "C" __global__ void __launch_bounds__(THREADS) merge_whole_u32(const __grid_constant__ Params params) {

@@ -86,7 +86,7 @@ impl<S: Scorer> Scored<S> {
                 Some(windows) => {
                     windows.planned(sequence, layer.index(), self.protected.recent.min(count));
                     let wanted = self.window.min(layer.length());
-                    let Some(window) = windows.get(sequence, &layer).filter(|window| window.tokens == wanted) else {
+                    let Some(window) = windows.get(sequence, &layer)?.filter(|window| window.tokens == wanted) else {
                         jobs.truncate(first);
                         return plan.keep(Reason::QueriesMissing, "");
                     };

@@ -124,11 +124,23 @@ impl Windows {
 
     /// The last queries of one layer, of tokens whose rows are still all there, and no more than the window. None when no
     /// such query is held, or tokens came since whose queries were not seen.
-    pub fn get(&self, sequence: &SequenceView<'_>, layer: &LayerView<'_>) -> Option<Window> {
-        let of_sequence = self.sequences.get(&sequence.uid())?;
-        let ring = of_sequence.rings.get(layer.index())?.as_ref()?;
-        if ring.end != sequence.next_position() {
-            return None;
+    ///
+    /// # Errors
+    /// [`PluginError::Unsupported`] when the queries have another dtype than the layer's keys; those of
+    /// [`LayerView::k_device`].
+    pub fn get(&self, sequence: &SequenceView<'_>, layer: &LayerView<'_>) -> Result<Option<Window>, PluginError> {
+        let of_sequence = self.sequences.get(&sequence.uid());
+        let ring =
+            of_sequence.and_then(|of_sequence| Some((of_sequence, of_sequence.rings.get(layer.index())?.as_ref()?)));
+        let Some((of_sequence, ring)) = ring.filter(|(_, ring)| ring.end == sequence.next_position()) else {
+            return Ok(None);
+        };
+        let (queries, keys) = (ring.rows.dtype(), layer.k_device()?.dtype());
+        if queries != keys {
+            return Err(PluginError::Unsupported(format!(
+                "layer {}: queries are {queries} and keys {keys}; on a device both must have one dtype",
+                layer.index()
+            )));
         }
         // Behind the rows that were appended lie those that the plan kept at the end.
         let kept = [&of_sequence.planned, &of_sequence.done].into_iter().find(|(epoch, _)| *epoch == sequence.epoch());
@@ -136,10 +148,10 @@ impl Windows {
         let in_place = layer.appended().saturating_add(kept).min(layer.length());
         let tokens = in_place.min(self.window);
         if tokens == 0 || ring.held < tokens {
-            return None;
+            return Ok(None);
         }
         let start = ((ring.end - tokens as u64).wrapping_sub(ring.origin) % self.window as u64) as usize;
-        Some(Window { queries: ring.rows, start, tokens })
+        Ok(Some(Window { queries: ring.rows, start, tokens }))
     }
 
     /// Says how many rows at a layer's end a plan keeps, so that they are known to be in place when it has been carried out.
@@ -214,6 +226,7 @@ impl Window {
             ordered.push(WindowQueries {
                 // SAFETY: so many positions, which the host lends until the call's work is done at least.
                 data: unsafe { DeviceSlice::new(first, tokens * position_bytes)? },
+                dtype,
                 window: tokens,
                 query_heads: heads,
                 stride_position: heads * dim,

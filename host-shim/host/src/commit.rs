@@ -151,7 +151,8 @@ impl Host {
             ticket.commit_position = None;
             let reason = match error {
                 HostError::NoRoom { .. } => KVH_REASON_NO_ROOM,
-                HostError::View { .. } => KVH_REASON_UNSUPPORTED,
+                HostError::View { .. } | HostError::Unsupported(_) => KVH_REASON_UNSUPPORTED,
+                HostError::OutOfMemory { .. } => KVHOOK_REASON_OUT_OF_MEMORY,
                 HostError::Device(_) => KVHOOK_REASON_DEVICE,
                 _ => KVHOOK_REASON_DROPPED,
             };

@@ -81,6 +81,7 @@ impl Attention {
                 keys: keys[layer],
                 queries: WindowQueries {
                     data: queries.slice::<u8>().part(part(layer, element_count * 2)).unwrap(),
+                    dtype: Dtype::Bf16,
                     window,
                     query_heads: group * HEADS,
                     stride_position: group * HEADS * head_dim,

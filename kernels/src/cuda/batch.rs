@@ -48,7 +48,7 @@ impl<H: Copy, I: Copy, const N: usize> Batch<H, I, N> {
         let mut layouts = Layouts::default();
         for (index, thing) in things.iter().enumerate() {
             // A thing takes fewer layouts than a launch has, so the second try finds room.
-            for _ in 0..2 {
+            for again in [false, true] {
                 let place = Place { first_tile: batch.tiles, item: index as u32 };
                 let encoded = encode(thing, &mut layouts, place);
                 let room = (batch.count as usize) < N;
@@ -69,6 +69,8 @@ impl<H: Copy, I: Copy, const N: usize> Batch<H, I, N> {
                         (batch.head, batch.count, batch.tiles) = (head, 0, 0);
                         layouts = Layouts::default();
                     }
+                    // Things of no tiles have taken all layouts.
+                    None if encoded.is_none() && !again => layouts = Layouts::default(),
                     None => {
                         return Err(CudaError::TooLarge {
                             what: "the tiles of one item",

@@ -93,7 +93,7 @@ impl Grid {
 
 /// A device whose primary context the engine has made, with all kernels loaded.
 ///
-/// Any thread may use it, several at a time. Dropping it unloads the kernels: the work enqueued must be done by then.
+/// Any thread may use it, several at a time. Dropping it unloads the kernels, and waits for all work on the device before.
 #[derive(Debug)]
 pub struct Device {
     device: sys::CUdevice,
@@ -320,6 +320,8 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         if let Ok(_entered) = self.enter() {
+            // SAFETY: the context is current. Kernels of this device may be under way; a failure cannot be told here.
+            let _ = unsafe { sys::cuCtxSynchronize() };
             for &address in &self.kept {
                 // SAFETY: allocated by `keep`, and the work that uses it is done, as is that of the modules.
                 let _ = unsafe { result::free_sync(address) };

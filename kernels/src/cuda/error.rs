@@ -3,6 +3,7 @@
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
+use crate::dtype::Dtype;
 use crate::error::KernelError;
 
 /// Why a CUDA operation was refused. Nothing was enqueued, [`Self::Driver`] apart.
@@ -53,6 +54,14 @@ pub enum CudaError {
         what: &'static str,
         /// Bytes asked for.
         bytes: usize,
+    },
+    /// Queries have another element type than the keys.
+    #[error("queries of {queries} over keys of {keys}: on a device both must have one dtype")]
+    QueryDtype {
+        /// The queries'.
+        queries: Dtype,
+        /// The keys'.
+        keys: Dtype,
     },
     /// The arguments are refused for the reason that the CPU body gives.
     #[error(transparent)]

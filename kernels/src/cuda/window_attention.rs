@@ -67,11 +67,13 @@ pub(crate) const FAMILY: Family = Family {
     ],
 };
 
-/// The queries of the last positions of a sequence, after RoPE, in the keys' dtype.
+/// The queries of the last positions of a sequence, after RoPE.
 #[derive(Debug, Clone, Copy)]
 pub struct WindowQueries {
     /// Bytes; `head_dim` adjacent elements for each position and query head.
     pub data: DeviceSlice<u8>,
+    /// Element type: the keys'.
+    pub dtype: Dtype,
     /// Positions; position `w` is that of key `length - window + w`.
     pub window: usize,
     /// Query heads: a multiple of the view's KV heads. KV head `h` serves the `h`-th group of them.
@@ -270,9 +272,12 @@ struct Task {
 impl Task {
     fn new(attention: &WindowAttention) -> Result<Self, CudaError> {
         let &WindowAttention { keys, queries, log_sum_exp, length, scores } = attention;
-        let WindowQueries { data, window, query_heads, stride_position, stride_head, scale } = queries;
+        let WindowQueries { data, dtype, window, query_heads, stride_position, stride_head, scale } = queries;
         let kv_heads = keys.kv_heads();
         keys.check(0..kv_heads, 0..length)?;
+        if dtype != keys.dtype() {
+            return Err(CudaError::QueryDtype { queries: dtype, keys: keys.dtype() });
+        }
         if window == 0 || window > length {
             return Err(KernelError::Window { window, length }.into());
         }

@@ -99,6 +99,7 @@ impl Pair {
             keys: self.on_device.rows(),
             queries: WindowQueries {
                 data: self.queries_on_device.slice(),
+                dtype: self.cache.shape.dtype,
                 window: self.window,
                 query_heads: self.query_heads,
                 stride_position: self.query_heads * row,
@@ -221,5 +222,8 @@ fn what_does_not_fit_is_refused() {
     let mut uneven = item;
     uneven.queries.query_heads = 3;
     assert!(refused(uneven, 5, scratch.slice()).contains("query heads"));
+    let mut other = item;
+    other.queries.dtype = if item.keys.dtype() == Dtype::F16 { Dtype::Bf16 } else { Dtype::F16 };
+    assert!(refused(other, 5, scratch.slice()).contains("one dtype"));
     assert!(refused(WindowAttention { length: 101, ..item }, 5, scratch.slice()).contains("rows"));
 }

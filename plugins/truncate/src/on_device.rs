@@ -170,7 +170,8 @@ impl OnDevice {
                     let window = match importance {
                         Importance::Attention { window, .. } => {
                             let missing = Kept::QueriesMissing { layer: number, held: 0, wanted: window as usize };
-                            let windows = self.windows.as_ref().and_then(|windows| windows.get(sequence, &layer));
+                            let windows = self.windows.as_ref().map(|windows| windows.get(sequence, &layer));
+                            let windows = windows.transpose()?.flatten();
                             Some(windows.ok_or(missing)?)
                         }
                         _ => None,

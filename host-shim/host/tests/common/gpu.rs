@@ -22,7 +22,9 @@ pub struct Gpu {
     used: AtomicUsize,
 }
 
+// SAFETY: the driver lets any thread use a context, and the arena's place is an atomic.
 unsafe impl Send for Gpu {}
+// SAFETY: as above.
 unsafe impl Sync for Gpu {}
 
 /// Device 0, if there is one; then its primary context is current on this thread. Else the test says that it is skipped.
