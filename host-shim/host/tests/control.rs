@@ -350,6 +350,7 @@ fn a_guard_switches_off_an_arm_that_fails() {
     assert_eq!(engine.begin_on("a", "", 10).unwrap().uid, 0);
     *script.prepare_status.lock().unwrap() = 0;
     assert_eq!(engine.plan(&mut live, DONE, false), Err(KVHOOK_REASON_DISABLED));
+    engine.free(live.uid, KVH_FREE_FINISHED).unwrap();
     assert!(assigned(&engine, 50).iter().all(|name| name == "b"));
 
     // A new plugin does not switch it on; the operator does, and the count begins anew.
