@@ -57,12 +57,16 @@ def check_caller(client: str | None, headers: Mapping[str, str], token: str) -> 
     if token:
         given = headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Denied(401, "Authorization: Bearer with the token of KVHOOK_CONTROL_TOKEN is expected")
+            raise Denied(
+                401, "Authorization: Bearer with the token of KVHOOK_CONTROL_TOKEN is expected"
+            )
         return
     host = headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if client not in _HERE or name not in _HERE or any(key in headers for key in _FORWARDED):
-        raise Denied(403, "only programs on this machine are served; set KVHOOK_CONTROL_TOKEN for others")
+        raise Denied(
+            403, "only programs on this machine are served; set KVHOOK_CONTROL_TOKEN for others"
+        )
 
 
 def add_routes(server, app) -> None:

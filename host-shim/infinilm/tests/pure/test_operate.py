@@ -51,9 +51,7 @@ def client(monkeypatch):
 
 def post(client, data=COMMAND, kind="application/json", **headers):
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    return client.post(
-        "/kvhook/control", content=data, headers={"content-type": kind, **headers}
-    )
+    return client.post("/kvhook/control", content=data, headers={"content-type": kind, **headers})
 
 
 @pytest.mark.parametrize("on", ["", "0"])
@@ -91,7 +89,9 @@ def test_nor_is_what_a_proxy_forwards(client):
     assert post(client(Adapter()), x_forwarded_for="10.0.0.7").status_code == 403
 
 
-@pytest.mark.parametrize("given", [{}, {"authorization": "Bearer other"}, {"authorization": "secret"}])
+@pytest.mark.parametrize(
+    "given", [{}, {"authorization": "Bearer other"}, {"authorization": "secret"}]
+)
 def test_with_a_token_it_must_be_there(client, given):
     adapter = Adapter()
     assert post(client(adapter, token="secret"), **given).status_code == 401
