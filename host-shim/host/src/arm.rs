@@ -55,7 +55,7 @@ pub struct Arm {
     removed: AtomicBool,
     /// Place in [`ArmState::ALL`].
     state: AtomicU8,
-    /// Why the guard switched it off.
+    /// Why the guard switched it off. Held where the state changes, before `current`.
     cause: Mutex<Option<String>>,
     /// Counts replacements.
     term: AtomicU64,
@@ -73,7 +73,7 @@ impl Arm {
     pub fn new(spec: ArmSpec, generation: Arc<Generation>) -> Self {
         let guard = Guard::default();
         guard.set(spec.guard);
-        Self {
+        let arm = Self {
             name: spec.name.clone(),
             figures: Figures::default(),
             guard,
@@ -82,7 +82,9 @@ impl Arm {
             cause: Mutex::default(),
             term: AtomicU64::new(0),
             current: RwLock::new(Current { spec: Arc::new(spec), generation }),
-        }
+        };
+        arm.count();
+        arm
     }
 
     /// The instances that new sequences take.
@@ -103,13 +105,22 @@ impl Arm {
     /// Gives it a spec, and new sequences other instances, if there are any. The old ones, which end with their last
     /// owner, are returned.
     pub(crate) fn set(&self, spec: Arc<ArmSpec>, generation: Option<Arc<Generation>>) -> Option<Arc<Generation>> {
-        let mut current = self.current.write();
-        current.spec = spec;
-        let old = generation.map(|generation| core::mem::replace(&mut current.generation, generation));
+        let _cause = self.cause.lock();
+        let old = {
+            let mut current = self.current.write();
+            current.spec = spec;
+            generation.map(|generation| core::mem::replace(&mut current.generation, generation))
+        };
         if old.is_some() {
             self.term.fetch_add(1, Ordering::Relaxed);
         }
+        self.count();
         old
+    }
+
+    /// Instances of an arm that is off want nothing. Called with the lock of `cause`.
+    fn count(&self) {
+        self.current.read().generation.count(!self.is_off());
     }
 
     /// How often its instances were replaced.
@@ -128,6 +139,7 @@ impl Arm {
         let mut cause = self.cause.lock();
         *cause = None;
         self.state.store(state as u8, Ordering::Relaxed);
+        self.count();
     }
 
     /// The guard switches it off. False where it was off already.
@@ -138,6 +150,7 @@ impl Arm {
         }
         *cause = Some(why.to_owned());
         self.state.store(ArmState::Disabled as u8, Ordering::Relaxed);
+        self.count();
         true
     }
 
@@ -158,7 +171,9 @@ impl Arm {
 
     /// It takes part no more.
     pub(crate) fn remove(&self) {
+        let _cause = self.cause.lock();
         self.removed.store(true, Ordering::Relaxed);
+        self.count();
     }
 
     /// Whether the arm was removed.
@@ -188,6 +203,8 @@ pub struct Generation {
     answers_prefill_done: bool,
     answers_grown: bool,
     poisoned: AtomicBool,
+    /// What it needs is in `wants`.
+    counted: AtomicBool,
     wants: Arc<Wants>,
 }
 
@@ -229,6 +246,7 @@ impl Generation {
             answers_prefill_done,
             answers_grown,
             poisoned: AtomicBool::new(false),
+            counted: AtomicBool::new(true),
             wants,
         })
     }
@@ -251,6 +269,18 @@ impl Generation {
         self.poisoned.load(Ordering::Relaxed)
     }
 
+    /// Whether its wants are to be heard.
+    fn count(&self, on: bool) {
+        if self.counted.swap(on, Ordering::Relaxed) == on {
+            return;
+        }
+        if on {
+            self.wants.add(self.needs.before_attention_phases);
+        } else {
+            self.wants.remove(self.needs.before_attention_phases);
+        }
+    }
+
     /// Queries of a prompt's end that must be seen.
     pub fn queries_needed(&self, prompt_length: u64) -> u64 {
         match self.needs.window_queries {
@@ -262,11 +292,11 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.wants.remove(self.needs.before_attention_phases);
+        self.count(false);
     }
 }
 
-/// Phases in which any live instance wants `before_attention`.
+/// Phases in which any live instance wants `before_attention`; the current ones of an arm that is off do not count.
 #[derive(Default)]
 pub struct Wants {
     phases: AtomicU32,

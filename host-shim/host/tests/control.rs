@@ -264,6 +264,29 @@ fn states() {
 }
 
 #[test]
+fn an_arm_that_is_off_wants_nothing() {
+    let script = Arc::new(Script { must: KVH_CAN_STATE, phases: KVH_PHASE_PREFILL, ..Script::default() });
+    let engine = scripted(SMALL, &script, &[("a", 1.0)]);
+    let wants = || unsafe { kvhook_wants(engine.raw, 0) };
+    let set = |changes| control(&engine, changes).unwrap();
+    assert_eq!(wants(), KVH_PHASE_PREFILL);
+    set(json!([{"state": {"a": "disabled"}}]));
+    assert_eq!(wants(), 0);
+    // New instances of it want nothing either, until it is on.
+    set(json!([{"replace": {"name": "a", "config": script.register()}}]));
+    assert_eq!(wants(), 0);
+    for state in ["serving", "shadow", "draining"] {
+        set(json!([{"state": {"a": state}}]));
+        assert_eq!(wants(), KVH_PHASE_PREFILL);
+    }
+    set(json!([{"state": {"a": "serving"}}]));
+    let live = begin_on(&engine, "a", 20);
+    set(json!([{"remove": "a"}]));
+    assert_eq!(wants(), 0);
+    engine.free(live.uid, KVH_FREE_FINISHED).unwrap();
+}
+
+#[test]
 fn a_shadow_leaves_the_cache_untouched() {
     for keeps_state in [false, true] {
         let script = Arc::new(Script { keeps_state, ..Script::default() });
