@@ -190,8 +190,8 @@ def test_control(model, answers):
                 llm, [{"weights": {"noop": 9}}, {"add": {"name": "x", "plugin": "no-such"}}]
             )
         assert kvhook_infinilm.arms(llm) == before
-        add_and_remove = [{"add": {"name": "x", "plugin": "noop"}}, {"remove": "last32"}]
-        kvhook_infinilm.control(llm, add_and_remove)
+        new = {"name": "x", "plugin": "noop", "config": "observe=none"}
+        kvhook_infinilm.control(llm, [{"add": new}, {"remove": "last32"}])
         assert [arm["name"] for arm in kvhook_infinilm.arms(llm)["arms"]] == ["noop", "x"]
         with pytest.raises(UnknownArm, match="'last32'.*noop, x"):
             add(llm.engine, prompt(10), "last32", NEW_TOKENS)
