@@ -426,6 +426,12 @@ public:
     Result<void> set_weight(std::string_view arm, double weight) {
         return detail::call(kvhook_arm_weight, raw_, str(arm), weight);
     }
+    /// Changes arms by a command, as a whole or not at all; `source` is KVHOOK_SOURCE_*.
+    Result<void> control(std::string_view command, std::int32_t source = KVHOOK_SOURCE_OPERATOR) {
+        return detail::call(kvhook_control, raw_, str(command), source);
+    }
+    /// The arms as JSON.
+    Result<std::string> arms_json() { return text(kvhook_arms_json); }
     /// Removes an arm.
     Result<void> remove_arm(std::string_view arm) { return detail::call(kvhook_arm_remove, raw_, str(arm)); }
 

@@ -498,7 +498,7 @@ typedef struct KvhookReasonCount {
 // The sequence was freed, cut, forked, preempted or reset before commit.
 #define KVHOOK_REASON_DROPPED 109
 
-// The arm was disabled.
+// The arm was disabled, by the operator or by its guard, or all are: safe mode.
 #define KVHOOK_REASON_DISABLED 110
 
 // The sequence is shorter than the arm's `min_tokens`.
@@ -506,6 +506,9 @@ typedef struct KvhookReasonCount {
 
 // A device's driver reported an error.
 #define KVHOOK_REASON_DEVICE 112
+
+// The arm is a shadow: its plan was made and checked, and is not carried out.
+#define KVHOOK_REASON_SHADOW 113
 
 // Makes a host for one model, without arms. `*out` is written only on `KVHOOK_OK`; it is the caller's until
 // `kvhook_host_destroy`. The callbacks must stay callable as long as the host lives; everything else is copied.
@@ -529,7 +532,7 @@ void kvhook_host_destroy(struct KvhookHost *host);
 // `KVHOOK_SOURCE_*`. An arm whose name stays keeps its figures; its sequences move as with `kvhook_arm_set`. In safe
 // mode the form is read and no arm is made.
 //
-// Thread: any; one change of arms at a time, others wait. Plugins are loaded and created on this thread.
+// Thread: any; one change that loads at a time, others wait. Plugins are loaded and created on this thread.
 // Returns `KVHOOK_ERR_SPEC`, any loading error (100 to 118), `KVHOOK_ERR_CONFIG`, `KVHOOK_ERR_NEED_NOT_OFFERED`,
 // `KVHOOK_ERR_CREATE`, `KVHOOK_ERR_CREATE_PANIC`, `KVHOOK_ERR_UNSUPPORTED`.
 KvhookStatus kvhook_configure(struct KvhookHost *host,
@@ -541,7 +544,7 @@ KvhookStatus kvhook_configure(struct KvhookHost *host,
 // sequence moves to them, too, unless the old ones hold state for it (memory of its own, queries seen) or its ticket is
 // open; the old instances are told with `on_free`, and destroyed when no sequence is left on them.
 //
-// Thread: any; one change of arms at a time, others wait.
+// Thread: any; one change that loads at a time, others wait.
 // Returns as `kvhook_configure`, and `KVHOOK_ERR_SAFE_MODE`; then nothing has changed.
 KvhookStatus kvhook_arm_set(struct KvhookHost *host,
                             const struct KvhookArm *arm,
@@ -559,11 +562,33 @@ KvhookStatus kvhook_arm_weight(struct KvhookHost *host,
 // Removes an arm with its figures. Its live sequences are kept from now on (`KVHOOK_REASON_DISABLED`), tickets that are
 // open may be committed; its instances are destroyed when the last of its sequences is freed.
 //
-// Thread: any; one change of arms at a time, others wait.
+// Thread: any.
 // Returns `KVHOOK_ERR_UNKNOWN_ARM`.
 KvhookStatus kvhook_arm_remove(struct KvhookHost *host,
                                KvhStr name,
                                KvhText *error);
+
+// Changes arms by a command (JSON text, at most 64 KiB), as a whole or not at all: `{"changes": [{"add": {...}},
+// {"replace": {...}}, {"set": {...}}, {"weights": {...}}, {"state": {...}}, {"guard": {...}}, {"remove": "..."},
+// {"safe_mode": ...}]}`, as docs/live.md describes them. `source` is `KVHOOK_SOURCE_*`; for a command that came over a
+// network, `KVHOOK_SOURCE_MODEL`: it names plugins by bare names only. What was before and after is logged.
+//
+// Thread: any; one change that loads at a time, others wait. Plugins are loaded and created on this thread, while the
+// engine goes on.
+// Returns as `kvhook_configure`, and `KVHOOK_ERR_UNKNOWN_ARM`, `KVHOOK_ERR_SAFE_MODE`; then nothing has changed.
+KvhookStatus kvhook_control(struct KvhookHost *host,
+                            KvhStr command,
+                            int32_t source,
+                            KvhText *error);
+
+// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., "plugin": ..., "weight": ..., "state": ...,
+// "cause": ..., "live": ...}]}`, with all keys of the form. `cause` says why a guard switched the arm off.
+//
+// Thread: any.
+// Returns `KVHOOK_ERR_BUFFER_TOO_SMALL`: nothing was written, and `out.length` says how many bytes are needed.
+KvhookStatus kvhook_arms_json(struct KvhookHost *host,
+                              KvhText *out,
+                              KvhText *error);
 
 // Begins a sequence: chooses its arm and says what the host wants. A uid of 0 means that no arm took it (`none` was
 // named, there are no arms, safe mode): nothing needs to be called for it, not even `kvhook_free`.

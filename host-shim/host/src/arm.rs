@@ -1,18 +1,48 @@
-//! Arms, their generations of instances, and how a sequence gets its arm.
+//! Arms: their states, and their generations of instances.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use kvhook_abi::raw::*;
 use parking_lot::{Mutex, RwLock};
-use sha2::{Digest, Sha256};
 
 use crate::error::HostError;
-use crate::figures::Figures;
+use crate::figures::{Figures, Timed};
+use crate::guard::Guard;
 use crate::instance::{Event, Instance, Needs};
 use crate::model::is_planned;
 use crate::services::Services;
-use crate::spec::LayerSet;
+use crate::spec::{ArmSpec, LayerSet};
+
+/// What an arm does with sequences. The operator sets it; a guard may set [`ArmState::Disabled`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ArmState {
+    /// Takes new sequences and compresses them.
+    #[default]
+    Serving,
+    /// Takes new sequences; hooks run and plans are checked, nothing is committed.
+    Shadow,
+    /// Takes no new sequence; live ones are compressed until they end.
+    Draining,
+    /// Takes no new sequence; live ones are kept from now on.
+    Disabled,
+}
+
+impl ArmState {
+    /// Every state.
+    pub const ALL: [Self; 4] = [Self::Serving, Self::Shadow, Self::Draining, Self::Disabled];
+
+    /// Its name in commands: `serving`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Serving => "serving",
+            Self::Shadow => "shadow",
+            Self::Draining => "draining",
+            Self::Disabled => "disabled",
+        }
+    }
+}
 
 /// A plugin with a config, under a name. Replacing its plugin gives it a new generation.
 pub struct Arm {
@@ -20,51 +50,141 @@ pub struct Arm {
     pub name: String,
     /// What it did, over all generations.
     pub figures: Figures,
-    weight: AtomicU64,
+    /// What switches it off by itself.
+    pub guard: Guard,
     removed: AtomicBool,
-    current: RwLock<Arc<Generation>>,
+    /// Place in [`ArmState::ALL`].
+    state: AtomicU8,
+    /// Why the guard switched it off. Held where the state changes, before `current`.
+    cause: Mutex<Option<String>>,
+    /// Counts replacements.
+    term: AtomicU64,
+    current: RwLock<Current>,
+}
+
+/// What an arm was given last.
+struct Current {
+    spec: Arc<ArmSpec>,
+    generation: Arc<Generation>,
 }
 
 impl Arm {
     /// A new arm.
-    pub fn new(name: String, weight: f64, generation: Arc<Generation>) -> Self {
-        Self {
-            name,
+    pub fn new(spec: ArmSpec, generation: Arc<Generation>) -> Self {
+        let guard = Guard::default();
+        guard.set(spec.guard);
+        let arm = Self {
+            name: spec.name.clone(),
             figures: Figures::default(),
-            weight: AtomicU64::new(weight.to_bits()),
+            guard,
             removed: AtomicBool::new(false),
-            current: RwLock::new(generation),
-        }
+            state: AtomicU8::new(spec.state.unwrap_or_default() as u8),
+            cause: Mutex::default(),
+            term: AtomicU64::new(0),
+            current: RwLock::new(Current { spec: Arc::new(spec), generation }),
+        };
+        arm.count();
+        arm
     }
 
     /// The instances that new sequences take.
     pub fn current(&self) -> Arc<Generation> {
-        self.current.read().clone()
+        self.current.read().generation.clone()
     }
 
-    /// Gives new sequences other instances. The old ones, which end with their last owner, are returned.
-    pub fn replace(&self, generation: Arc<Generation>) -> Arc<Generation> {
-        core::mem::replace(&mut *self.current.write(), generation)
+    /// What it was set to. The state is that of [`Arm::state`].
+    pub fn spec(&self) -> Arc<ArmSpec> {
+        self.current.read().spec.clone()
     }
 
     /// Share of the sequences that name no arm.
     pub fn weight(&self) -> f64 {
-        f64::from_bits(self.weight.load(Ordering::Relaxed))
+        self.current.read().spec.weight
     }
 
-    /// Changes the share.
-    pub fn set_weight(&self, weight: f64) {
-        self.weight.store(weight.to_bits(), Ordering::Relaxed);
+    /// Gives it a spec, and new sequences other instances, if there are any. The old ones, which end with their last
+    /// owner, are returned.
+    pub(crate) fn set(&self, spec: Arc<ArmSpec>, generation: Option<Arc<Generation>>) -> Option<Arc<Generation>> {
+        let _cause = self.cause.lock();
+        let old = {
+            let mut current = self.current.write();
+            current.spec = spec;
+            generation.map(|generation| core::mem::replace(&mut current.generation, generation))
+        };
+        if old.is_some() {
+            self.term.fetch_add(1, Ordering::Relaxed);
+        }
+        self.count();
+        old
     }
 
-    /// Nothing is compressed any more.
-    pub fn remove(&self) {
+    /// Instances of an arm that is off want nothing. Called with the lock of `cause`.
+    fn count(&self) {
+        self.current.read().generation.count(!self.is_off());
+    }
+
+    /// How often its instances were replaced.
+    pub fn term(&self) -> u64 {
+        self.term.load(Ordering::Relaxed)
+    }
+
+    /// What it does with sequences.
+    pub fn state(&self) -> ArmState {
+        let state = usize::from(self.state.load(Ordering::Relaxed));
+        ArmState::ALL.get(state).copied().unwrap_or(ArmState::Disabled)
+    }
+
+    /// The operator says what it does with sequences.
+    pub(crate) fn set_state(&self, state: ArmState) {
+        let mut cause = self.cause.lock();
+        *cause = None;
+        self.state.store(state as u8, Ordering::Relaxed);
+        self.count();
+    }
+
+    /// The guard switches it off. False where it was off already.
+    pub(crate) fn trip(&self, why: &str) -> bool {
+        let mut cause = self.cause.lock();
+        if self.state() == ArmState::Disabled {
+            return false;
+        }
+        *cause = Some(why.to_owned());
+        self.state.store(ArmState::Disabled as u8, Ordering::Relaxed);
+        self.count();
+        true
+    }
+
+    /// Why the guard switched it off.
+    pub fn cause(&self) -> Option<String> {
+        self.cause.lock().clone()
+    }
+
+    /// Whether new sequences may be given to it.
+    pub fn takes_sequences(&self) -> bool {
+        matches!(self.state(), ArmState::Serving | ArmState::Shadow) && !self.is_removed()
+    }
+
+    /// Whether its sequences are kept.
+    pub fn is_off(&self) -> bool {
+        self.is_removed() || self.state() == ArmState::Disabled
+    }
+
+    /// It takes part no more.
+    pub(crate) fn remove(&self) {
+        let _cause = self.cause.lock();
         self.removed.store(true, Ordering::Relaxed);
+        self.count();
     }
 
     /// Whether the arm was removed.
     pub fn is_removed(&self) -> bool {
         self.removed.load(Ordering::Relaxed)
+    }
+
+    /// A hook or a commit took some time.
+    pub(crate) fn took(&self, what: Timed, time: Duration) {
+        self.figures.took(what, time);
+        self.guard.took(time);
     }
 }
 
@@ -83,6 +203,8 @@ pub struct Generation {
     answers_prefill_done: bool,
     answers_grown: bool,
     poisoned: AtomicBool,
+    /// What it needs is in `wants`.
+    counted: AtomicBool,
     wants: Arc<Wants>,
 }
 
@@ -124,6 +246,7 @@ impl Generation {
             answers_prefill_done,
             answers_grown,
             poisoned: AtomicBool::new(false),
+            counted: AtomicBool::new(true),
             wants,
         })
     }
@@ -146,6 +269,18 @@ impl Generation {
         self.poisoned.load(Ordering::Relaxed)
     }
 
+    /// Whether its wants are to be heard.
+    fn count(&self, on: bool) {
+        if self.counted.swap(on, Ordering::Relaxed) == on {
+            return;
+        }
+        if on {
+            self.wants.add(self.needs.before_attention_phases);
+        } else {
+            self.wants.remove(self.needs.before_attention_phases);
+        }
+    }
+
     /// Queries of a prompt's end that must be seen.
     pub fn queries_needed(&self, prompt_length: u64) -> u64 {
         match self.needs.window_queries {
@@ -157,11 +292,11 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.wants.remove(self.needs.before_attention_phases);
+        self.count(false);
     }
 }
 
-/// Phases in which any live instance wants `before_attention`.
+/// Phases in which any live instance wants `before_attention`; the current ones of an arm that is off do not count.
 #[derive(Default)]
 pub struct Wants {
     phases: AtomicU32,
@@ -195,22 +330,4 @@ impl Wants {
         }
         self.phases.store(wanted, Ordering::Relaxed);
     }
-}
-
-/// The arm of a key. Arms in the order of their names share the range 0 to 1 by their weights; the first 8 bytes of the
-/// key's SHA-256, as a big-endian number over 2^64, say where in it the key falls. None when no arm has weight.
-pub fn choose<'a>(arms: &'a [Arc<Arm>], key: &[u8]) -> Option<&'a Arc<Arm>> {
-    let mut by_name: Vec<_> = arms.iter().filter(|arm| arm.weight() > 0.0).collect();
-    by_name.sort_by(|a, b| a.name.cmp(&b.name));
-    let total: f64 = by_name.iter().map(|arm| arm.weight()).sum();
-    let digest: [u8; 32] = Sha256::digest(key).into();
-    let head = digest.iter().take(8).fold(0u64, |head, &byte| head << 8 | u64::from(byte));
-    let mut rest = head as f64 / 2f64.powi(64) * total;
-    for arm in &by_name {
-        if rest < arm.weight() {
-            return Some(arm);
-        }
-        rest -= arm.weight();
-    }
-    by_name.last().copied()
 }

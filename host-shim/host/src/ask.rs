@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use kvhook_abi::raw::*;
 
-use crate::arm::Generation;
+use crate::arm::{ArmState, Generation};
 use crate::error::HostError;
 use crate::figures::{Timed, reason_name};
 use crate::host::{Host, hook_name};
@@ -50,6 +50,7 @@ impl Host {
     pub fn ask(&self, ask: &Ask<'_>) -> Result<Answer, HostError> {
         let sequence = self.sequence(ask.uid)?;
         self.migrate(&sequence);
+        self.reached(&sequence, ask.next_position);
         let (generation, epoch) = {
             let mut state = self.live(&sequence)?;
             if ask.lengths.len() != state.generation.planned.len() {
@@ -67,7 +68,7 @@ impl Host {
                 return Ok(keep(reason, ask));
             }
             let queries = state.ranks.iter().map(|rank| rank.queries_seen(sequence.prompt_length)).min().unwrap_or(0);
-            if let Err(refusal) = may_compress(&sequence, &state, ask.event, ask.next_position, queries) {
+            if let Err(refusal) = self.may_compress(&sequence, &state, ask.event, ask.next_position, queries) {
                 return Ok(self.keep_because(&sequence, refusal, ask));
             }
             (state.generation.clone(), state.epoch)
@@ -87,7 +88,9 @@ impl Host {
 
         let decided = answered.and_then(|(counts, reason)| {
             let decision = self.decide(0, ask, &counts, reason)?;
-            Ok((counts, decision))
+            // Nothing will move, so no rows are asked for.
+            let shadow = sequence.arm.state() == ArmState::Shadow;
+            Ok((counts, if shadow { KVHOOK_DECISION_IN_PLACE } else { decision }))
         });
         match decided {
             Err(refusal) => Ok(self.keep_because(&sequence, refusal, ask)),
@@ -135,7 +138,7 @@ impl Host {
         let start = Instant::now();
         // SAFETY: the arguments are ours and valid during the call.
         let called = unsafe { instance.bound(ask.event, &args, &mut out) };
-        sequence.arm.figures.took(Timed::Bound, start.elapsed());
+        sequence.arm.took(Timed::Bound, start.elapsed());
         let reason =
             if (KVH_REASON_NONE..=KVH_REASON_OTHER).contains(&out.reason) { out.reason } else { KVH_REASON_OTHER };
         if let Err(error) = called {
@@ -204,6 +207,48 @@ impl Host {
         Ok(if in_place { KVHOOK_DECISION_IN_PLACE } else { KVHOOK_DECISION_FRESH })
     }
 
+    /// What must hold before a plugin is asked about a sequence.
+    ///
+    /// # Errors
+    /// Why it is kept.
+    pub(crate) fn may_compress(
+        &self,
+        sequence: &Sequence,
+        state: &State,
+        event: Event,
+        next_position: u64,
+        queries_seen: u64,
+    ) -> Result<(), Refusal> {
+        let generation = &state.generation;
+        let refuse = |reason, message: String| Err(Refusal { reason, message });
+        if sequence.arm.is_off() || self.is_safe_mode() {
+            return refuse(KVHOOK_REASON_DISABLED, String::new());
+        }
+        // An open ticket was opened before: the rank that panicked drops it, with its own reason.
+        if generation.is_poisoned() && state.ticket.is_none() {
+            return refuse(KVHOOK_REASON_POISONED, String::new());
+        }
+        if !generation.answers(event) {
+            return refuse(KVH_REASON_NONE, String::new());
+        }
+        if next_position < least_tokens(generation) {
+            let own = next_position < generation.min_tokens;
+            let reason = if own { KVHOOK_REASON_MIN_TOKENS } else { KVH_REASON_TOO_SHORT };
+            return refuse(
+                reason,
+                format!("{next_position} tokens, at least {} are asked for", least_tokens(generation)),
+            );
+        }
+        let needed = generation.queries_needed(sequence.prompt_length);
+        if queries_seen < needed {
+            return refuse(
+                KVH_REASON_QUERIES_MISSING,
+                format!("{queries_seen} of the prompt's last {needed} queries were seen"),
+            );
+        }
+        Ok(())
+    }
+
     fn keep_because(&self, sequence: &Sequence, refusal: Refusal, ask: &Ask<'_>) -> Answer {
         self.fell_back(sequence, hook_name(ask.event), &refusal);
         keep(refusal.reason, ask)
@@ -211,7 +256,7 @@ impl Host {
 
     /// Counts and logs why a sequence stays as it is.
     pub(crate) fn fell_back(&self, sequence: &Sequence, what: &str, refusal: &Refusal) {
-        sequence.arm.figures.fell_back(refusal.reason);
+        self.count_fallback(sequence, refusal.reason);
         self.log_fallback(sequence, what, refusal);
     }
 
@@ -252,44 +297,6 @@ fn is_due(state: &mut State, ask: &Ask<'_>) -> bool {
         state.mark = ask.next_position;
     }
     due
-}
-
-/// What must hold before a plugin is asked about a sequence.
-///
-/// # Errors
-/// Why it is kept.
-pub(crate) fn may_compress(
-    sequence: &Sequence,
-    state: &State,
-    event: Event,
-    next_position: u64,
-    queries_seen: u64,
-) -> Result<(), Refusal> {
-    let generation = &state.generation;
-    let refuse = |reason, message: String| Err(Refusal { reason, message });
-    if sequence.arm.is_removed() {
-        return refuse(KVHOOK_REASON_DISABLED, String::new());
-    }
-    // An open ticket was opened before: the rank that panicked drops it, with its own reason.
-    if generation.is_poisoned() && state.ticket.is_none() {
-        return refuse(KVHOOK_REASON_POISONED, String::new());
-    }
-    if !generation.answers(event) {
-        return refuse(KVH_REASON_NONE, String::new());
-    }
-    if next_position < least_tokens(generation) {
-        let own = next_position < generation.min_tokens;
-        let reason = if own { KVHOOK_REASON_MIN_TOKENS } else { KVH_REASON_TOO_SHORT };
-        return refuse(reason, format!("{next_position} tokens, at least {} are asked for", least_tokens(generation)));
-    }
-    let needed = generation.queries_needed(sequence.prompt_length);
-    if queries_seen < needed {
-        return refuse(
-            KVH_REASON_QUERIES_MISSING,
-            format!("{queries_seen} of the prompt's last {needed} queries were seen"),
-        );
-    }
-    Ok(())
 }
 
 /// Segments, lent to a plugin.

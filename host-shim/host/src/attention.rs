@@ -93,7 +93,8 @@ impl Host {
             let wanted = wanted_phases(generation, sequence.prompt_length) & step.phase != 0
                 && generation.needs.wants_layer(layer)
                 && !generation.is_poisoned()
-                && !sequence.arm.is_removed();
+                && !sequence.arm.is_off()
+                && !self.is_safe_mode();
             (state.live && state.broken.is_none() && wanted).then(|| generation.clone())?
         };
         Some((generation, sequence))
@@ -126,7 +127,7 @@ impl Host {
             shown.push(seen);
         }
         let Some(first) = shown.first() else { return };
-        let figures = &first.sequence.arm.figures;
+        let arm = first.sequence.arm.clone();
         let sequences: Vec<KvhStepSequence> =
             shown.iter().map(|seen| KvhStepSequence { cache: &seen.cache, ..seen.step }).collect();
         let call = Call::new(self.allocator(rank), step.stream, memories);
@@ -150,10 +151,11 @@ impl Host {
             // SAFETY: the arguments are ours and valid during the call; the caller vouches for tensors and rows.
             unsafe { instance.before_attention(&args) }
         });
-        figures.took(Timed::BeforeAttention, start.elapsed());
+        arm.took(Timed::BeforeAttention, start.elapsed());
         drop(call);
         drop(instance);
         for seen in &shown {
+            self.reached(&seen.sequence, seen.step.first_position.saturating_add(seen.step.tokens));
             let Err(error) = &called else {
                 let mut state = seen.sequence.state.lock();
                 let prefill = seen.step.phase & KVH_PHASE_PREFILL != 0;

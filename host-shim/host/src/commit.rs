@@ -94,7 +94,7 @@ impl Host {
             // SAFETY: as above.
             unsafe { queue.move_rows(&held.plan, tasks, self.allocator(rank)) }
         });
-        sequence.arm.figures.took(Timed::Commit, start.elapsed());
+        sequence.arm.took(Timed::Commit, start.elapsed());
         if let Err(error) = moved {
             self.abort_commit(rank, &sequence, request.ticket, &held, &error);
             return Err(error);
@@ -237,6 +237,7 @@ impl Host {
         }
         if plan.moved_position.is_some() {
             state.mark = next_position;
+            sequence.moved_to(next_position);
         }
         let Some(ticket) = state.ticket.as_mut().filter(|ticket| ticket.id == request.ticket) else { return committed };
         ticket.ranks[rank] = RankTicket::Committed(held.clone());
@@ -300,8 +301,11 @@ impl Host {
             stream,
         };
         // SAFETY: passed on from the caller.
-        let committed = unsafe { self.commit(0, &request)? };
-        Ok(Compressed::Done { movement, committed })
+        match unsafe { self.commit(0, &request) } {
+            Ok(committed) => Ok(Compressed::Done { movement, committed }),
+            Err(HostError::Dropped { reason: KVHOOK_REASON_SHADOW, .. }) => Ok(Compressed::Kept(KVHOOK_REASON_SHADOW)),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -361,7 +365,7 @@ fn tasks_of(
 }
 
 /// Rows and bytes before and after, over the layers whose rows may be planned.
-fn moved(model: &Model, before: &[u64], after: &[u64]) -> Moved {
+pub(crate) fn moved(model: &Model, before: &[u64], after: &[u64]) -> Moved {
     let mut moved = Moved::default();
     for (layer, info) in model.layers().iter().enumerate().filter(|(_, info)| is_planned(info)) {
         let entries = |length: u64| length * u64::from(info.kv_heads);

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::raw::*;
 
 /// Every reason with its name, by number.
-const REASONS: [(KvhookReason, &str); 20] = [
+const REASONS: [(KvhookReason, &str); 21] = [
     (KVH_REASON_NONE, "none"),
     (KVH_REASON_TOO_SHORT, "too_short"),
     (KVH_REASON_NO_GAIN, "no_gain"),
@@ -31,6 +31,7 @@ const REASONS: [(KvhookReason, &str); 20] = [
     (KVHOOK_REASON_DISABLED, "disabled"),
     (KVHOOK_REASON_MIN_TOKENS, "min_tokens"),
     (KVHOOK_REASON_DEVICE, "device"),
+    (KVHOOK_REASON_SHADOW, "shadow"),
 ];
 
 /// Name of a reason, as in the figures: `no_gain`; `unknown` for any other number.
@@ -107,6 +108,16 @@ pub struct Moved {
     pub bytes_after: u64,
 }
 
+/// What a shadow would have done.
+#[derive(Default)]
+struct Shadow {
+    commits: AtomicU64,
+    entries_before: AtomicU64,
+    entries_after: AtomicU64,
+    bytes_before: AtomicU64,
+    bytes_after: AtomicU64,
+}
+
 /// Figures of one arm.
 #[derive(Default)]
 pub struct Figures {
@@ -118,6 +129,8 @@ pub struct Figures {
     bytes_before: AtomicU64,
     bytes_after: AtomicU64,
     bytes_freed: AtomicU64,
+    tokens: AtomicU64,
+    shadow: Shadow,
     reasons: [AtomicU64; REASONS.len()],
     times: [Times; TIMED.len()],
 }
@@ -184,6 +197,24 @@ impl Figures {
         self.entries_after.fetch_add(moved.entries_after, Relaxed);
         self.bytes_before.fetch_add(moved.bytes_before, Relaxed);
         self.bytes_after.fetch_add(moved.bytes_after, Relaxed);
+    }
+
+    /// Rows of a shadow's plan would have moved on one rank.
+    pub fn shadowed(&self, moved: Moved) {
+        self.shadow.entries_before.fetch_add(moved.entries_before, Relaxed);
+        self.shadow.entries_after.fetch_add(moved.entries_after, Relaxed);
+        self.shadow.bytes_before.fetch_add(moved.bytes_before, Relaxed);
+        self.shadow.bytes_after.fetch_add(moved.bytes_after, Relaxed);
+    }
+
+    /// A shadow's ticket was good on every rank.
+    pub fn shadow_ended(&self) {
+        self.shadow.commits.fetch_add(1, Relaxed);
+    }
+
+    /// Sequences grew by some tokens.
+    pub fn grew(&self, tokens: u64) {
+        self.tokens.fetch_add(tokens, Relaxed);
     }
 
     /// The engine got bytes back.
@@ -268,6 +299,14 @@ impl Figures {
             "bytes_before": figures.bytes_before,
             "bytes_after": figures.bytes_after,
             "bytes_freed": figures.bytes_freed,
+            "tokens": self.tokens.load(Relaxed),
+            "shadow": {
+                "commits": self.shadow.commits.load(Relaxed),
+                "entries_before": self.shadow.entries_before.load(Relaxed),
+                "entries_after": self.shadow.entries_after.load(Relaxed),
+                "bytes_before": self.shadow.bytes_before.load(Relaxed),
+                "bytes_after": self.shadow.bytes_after.load(Relaxed),
+            },
             "fallbacks": reasons,
             "hooks": hooks,
         })

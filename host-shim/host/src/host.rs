@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvhook_abi::raw::*;
 use parking_lot::{Mutex, RwLock};
@@ -14,9 +14,11 @@ use serde_json::{Map, Value, json};
 
 use crate::arm::{Arm, Generation, RankInstance, Wants};
 use crate::callbacks::Callbacks;
+use crate::control::Change;
 use crate::device::Device;
 use crate::error::HostError;
 use crate::figures;
+use crate::guard::is_fault;
 use crate::instance::{CallError, Event, Instance};
 use crate::load::{self, Library, Policy, Source};
 use crate::memory::Allocator;
@@ -54,11 +56,17 @@ pub struct Host {
     pub(crate) tickets: Mutex<Tickets>,
     pub(crate) next_uid: AtomicU64,
     pub(crate) next_ticket: AtomicU64,
+    pub(crate) policy: Policy,
+    /// Written for the exchange of pointers only.
+    pub(crate) arms: RwLock<Vec<Arc<Arm>>>,
+    /// One change that loads at a time.
+    pub(crate) loading: Mutex<()>,
+    /// One exchange of the arms at a time. Taken after `loading`; nothing is loaded under it.
+    pub(crate) changing: Mutex<()>,
+    safe_mode: AtomicBool,
     engine: String,
-    policy: Policy,
-    arms: RwLock<Vec<Arc<Arm>>>,
-    /// One change of the arms at a time.
-    changing: Mutex<()>,
+    /// Plugins that are part of this program, by name.
+    provided: Mutex<HashMap<String, Arc<Library>>>,
     wants: Arc<Wants>,
 }
 
@@ -87,6 +95,7 @@ impl Host {
         }
         let open = |model: &Model| Device::open(model.raw().device, &config.callbacks);
         let devices = config.models.iter().map(open).collect::<Result<_, _>>()?;
+        let policy = Policy::new(config.plugin_folders, config.copy_folder);
         Ok(Self {
             callbacks: config.callbacks,
             devices,
@@ -96,17 +105,24 @@ impl Host {
             tickets: Mutex::default(),
             next_uid: AtomicU64::new(1),
             next_ticket: AtomicU64::new(1),
-            engine: config.engine,
-            policy: Policy::new(config.plugin_folders, config.copy_folder),
+            safe_mode: AtomicBool::new(policy.safe_mode),
+            policy,
             arms: RwLock::default(),
+            loading: Mutex::default(),
             changing: Mutex::default(),
+            engine: config.engine,
+            provided: Mutex::default(),
             wants: Arc::default(),
         })
     }
 
-    /// Whether the environment says that no plugin is loaded.
+    /// Whether no arm serves any sequence: the environment says so, or a command did.
     pub fn is_safe_mode(&self) -> bool {
-        self.policy.safe_mode
+        self.safe_mode.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_safe_mode(&self, on: bool) {
+        self.safe_mode.store(on, Ordering::Relaxed);
     }
 
     /// Replaces all arms by those of a `kv_plugin` form, as a whole or not at all. An arm whose name stays goes on with
@@ -116,34 +132,11 @@ impl Host {
     /// Those of [`spec::parse`] and of loading and creating.
     pub fn configure(&self, form: &str, source: Source) -> Result<(), HostError> {
         let specs = spec::parse(form, source)?;
-        if self.policy.safe_mode {
+        if self.is_safe_mode() {
             self.callbacks.log(KVH_LOG_WARN, format_args!("safe mode: {} arms are not made", specs.len()));
             return Ok(());
         }
-        let _changing = self.changing.lock();
-        let generations = specs.iter().map(|spec| self.load(spec)).collect::<Result<Vec<_>, _>>()?;
-        let before = self.arms.read().clone();
-        let mut after = Vec::with_capacity(specs.len());
-        let mut replaced = Vec::new();
-        for (spec, generation) in specs.iter().zip(generations) {
-            match before.iter().find(|arm| arm.name == spec.name) {
-                Some(arm) => {
-                    arm.set_weight(spec.weight);
-                    replaced.push((arm.clone(), arm.replace(generation)));
-                    after.push(arm.clone());
-                }
-                None => after.push(Arc::new(Arm::new(spec.name.clone(), spec.weight, generation))),
-            }
-        }
-        for arm in before.iter().filter(|arm| specs.iter().all(|spec| spec.name != arm.name)) {
-            arm.remove();
-        }
-        *self.arms.write() = after;
-        for (arm, old) in replaced {
-            self.migrate_all(&arm);
-            drop(old);
-        }
-        Ok(())
+        self.set_all(&specs)
     }
 
     /// Adds an arm, or replaces the plugin of the arm of that name: new sequences take the new instances; a sequence
@@ -152,13 +145,11 @@ impl Host {
     /// # Errors
     /// `Spec`, `SafeMode`, and those of loading and creating; then nothing changed.
     pub fn set_arm(&self, spec: &ArmSpec) -> Result<(), HostError> {
-        let _changing = self.changing.lock();
-        let generation = self.load(spec)?;
-        self.install(&spec.name, spec.weight, generation);
-        Ok(())
+        self.change(&[Change::Set(spec.clone())])
     }
 
-    /// As [`Host::set_arm`], with a plugin that is part of this program. For tests.
+    /// As [`Host::set_arm`], with a plugin that is part of this program: from here on it is what the spec's `plugin` names.
+    /// For tests.
     ///
     /// # Errors
     /// As [`Host::set_arm`].
@@ -167,31 +158,23 @@ impl Host {
     /// `entry` is a plugin's static entry.
     #[doc(hidden)]
     pub unsafe fn arm_set_entry(&self, spec: &ArmSpec, entry: *const KvhPluginEntry) -> Result<(), HostError> {
-        spec.check()?;
-        let _changing = self.changing.lock();
         // SAFETY: passed on from the caller.
         let library = Arc::new(unsafe { Library::from_entry(entry)? });
-        let generation = self.create(&library, spec)?;
-        self.install(&spec.name, spec.weight, generation);
-        Ok(())
+        self.provided.lock().insert(spec.plugin.clone(), library);
+        self.set_arm(spec)
     }
 
-    fn install(&self, name: &str, weight: f64, generation: Arc<Generation>) {
-        let arm = self.arms.read().iter().find(|arm| arm.name == name).cloned();
-        match arm {
-            Some(arm) => {
-                arm.set_weight(weight);
-                let old = arm.replace(generation);
-                self.migrate_all(&arm);
-                drop(old);
-            }
-            None => self.arms.write().push(Arc::new(Arm::new(name.to_owned(), weight, generation))),
-        }
-    }
-
-    fn load(&self, spec: &ArmSpec) -> Result<Arc<Generation>, HostError> {
+    /// Loads an arm's plugin and makes its instances.
+    ///
+    /// # Errors
+    /// `Spec`, and those of loading and creating.
+    pub(crate) fn load(&self, spec: &ArmSpec) -> Result<Arc<Generation>, HostError> {
         spec.check()?;
-        let library = load::load(&self.policy, &spec.plugin, spec.source, spec.sha256)?;
+        let provided = self.provided.lock().get(&spec.plugin).cloned();
+        let library = match provided {
+            Some(library) => library,
+            None => load::load(&self.policy, &spec.plugin, spec.source, spec.sha256)?,
+        };
         self.create(&library, spec)
     }
 
@@ -220,9 +203,7 @@ impl Host {
     /// # Errors
     /// `UnknownArm`; `Argument` for a weight that is negative or not finite.
     pub fn set_weight(&self, name: &str, weight: f64) -> Result<(), HostError> {
-        spec::check_weight(weight).map_err(HostError::Argument)?;
-        self.arm(name)?.set_weight(weight);
-        Ok(())
+        self.change(&[Change::Weight(name.to_owned(), weight)])
     }
 
     /// Removes an arm. Its live sequences are not compressed any more; they go on until they are freed.
@@ -230,11 +211,7 @@ impl Host {
     /// # Errors
     /// `UnknownArm`.
     pub fn remove_arm(&self, name: &str) -> Result<(), HostError> {
-        let _changing = self.changing.lock();
-        let arm = self.arm(name)?;
-        arm.remove();
-        self.arms.write().retain(|other| !Arc::ptr_eq(other, &arm));
-        Ok(())
+        self.change(&[Change::Remove(name.to_owned())])
     }
 
     /// An arm by name.
@@ -242,11 +219,7 @@ impl Host {
     /// # Errors
     /// `UnknownArm`.
     pub fn arm(&self, name: &str) -> Result<Arc<Arm>, HostError> {
-        let arms = self.arms.read();
-        arms.iter().find(|arm| arm.name == name).cloned().ok_or_else(|| HostError::UnknownArm {
-            name: name.chars().take(80).collect(),
-            known: arms.iter().map(|arm| arm.name.clone()).collect(),
-        })
+        find(&self.arms.read(), name).cloned()
     }
 
     /// All arms.
@@ -279,6 +252,23 @@ impl Host {
     pub fn freed(&self, uid: u64, bytes: u64) -> Result<(), HostError> {
         self.sequence(uid)?.arm.figures.freed(bytes);
         Ok(())
+    }
+
+    /// A sequence's next token is at this position: what it grew by is counted.
+    pub(crate) fn reached(&self, sequence: &Sequence, position: u64) {
+        let tokens = sequence.reached(position);
+        if tokens > 0 {
+            sequence.arm.figures.grew(tokens);
+            self.judge(&sequence.arm, sequence.arm.guard.grew(tokens, self.models.len()));
+        }
+    }
+
+    /// Counts why a sequence stays as it is; where that is the plugin's fault, the guard hears of it.
+    pub(crate) fn count_fallback(&self, sequence: &Sequence, reason: KvhookReason) {
+        sequence.arm.figures.fell_back(reason);
+        if is_fault(reason) && sequence.fails_first() {
+            self.judge(&sequence.arm, sequence.arm.guard.outcome(true));
+        }
     }
 
     pub(crate) fn sequence(&self, uid: u64) -> Result<Arc<Sequence>, HostError> {
@@ -314,6 +304,17 @@ impl Host {
             .log(KVH_LOG_WARN, format_args!("plugin {}: {hook} failed for sequence {uid}: {error}", generation.plugin));
         reason
     }
+}
+
+/// An arm by name.
+///
+/// # Errors
+/// `UnknownArm`.
+pub(crate) fn find<'a>(arms: &'a [Arc<Arm>], name: &str) -> Result<&'a Arc<Arm>, HostError> {
+    arms.iter().find(|arm| arm.name == name).ok_or_else(|| HostError::UnknownArm {
+        name: name.chars().take(80).collect(),
+        known: arms.iter().map(|arm| arm.name.clone()).collect(),
+    })
 }
 
 /// Name of an event's hook, for messages.

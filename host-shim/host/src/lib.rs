@@ -6,7 +6,8 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`load`], [`instance`], [`spec`] | from a name in a form to a plugin instance |
-//! | [`host`], [`arm`] | a model's host; which instances serve which sequences |
+//! | [`host`], [`arm`], [`assign`] | a model's host; which instances serve which sequences |
+//! | [`control`], [`guard`] | how arms change while the engine runs, and what switches one off |
 //! | [`sequence`], [`lifecycle`], [`attention`] | what happens to a sequence while it is not compressed |
 //! | [`ask`], [`prepare`], [`plan`], [`ticket`], [`commit`] | a compression, in its order |
 //! | [`device`] | where ordinary memory and a CUDA device differ |
@@ -16,13 +17,16 @@
 
 pub mod arm;
 pub mod ask;
+pub mod assign;
 pub mod attention;
 pub mod c_api;
 pub mod callbacks;
 pub mod commit;
+pub mod control;
 pub mod device;
 pub mod error;
 pub mod figures;
+pub mod guard;
 pub mod host;
 pub mod instance;
 pub mod lent;

@@ -8,10 +8,11 @@ use std::time::Instant;
 
 use kvhook_abi::raw::*;
 
-use crate::arm::{Arm, Generation, choose};
+use crate::arm::{Arm, Generation};
+use crate::assign::choose;
 use crate::error::HostError;
 use crate::figures::Timed;
-use crate::host::Host;
+use crate::host::{Host, find};
 use crate::instance::Event;
 use crate::raw::*;
 use crate::sequence::{RankState, Sequence, State};
@@ -49,27 +50,32 @@ impl Host {
     /// Begins a sequence on an arm, or on none.
     ///
     /// # Errors
-    /// `UnknownArm` for a name that no arm has (in safe mode no arm takes it); `Argument` for segments that overlap,
+    /// `UnknownArm` for a name that no arm has (in safe mode no arm takes it, nor does one that is draining or disabled); `Argument` for segments that overlap,
     /// descend or are empty.
     pub fn begin(&self, begin: Begin<'_>) -> Result<Began, HostError> {
         check_segments(&begin.segments)?;
         let uid = self.next_uid.fetch_add(1, Ordering::Relaxed);
         let no_arm = Began { max_prefix_hit: begin.prompt_length, ..Began::default() };
-        let arm = match begin.arm {
-            NO_ARM => None,
-            _ if self.is_safe_mode() => None,
-            "" if begin.key.is_empty() => choose(&self.arms(), &uid.to_le_bytes()).cloned(),
-            "" => choose(&self.arms(), begin.key).cloned(),
-            name => Some(self.arm(name)?),
+        let chosen = {
+            // Arm and instances are those of one moment.
+            let arms = self.arms.read();
+            let arm = match begin.arm {
+                NO_ARM => None,
+                _ if self.is_safe_mode() => None,
+                "" if begin.key.is_empty() => choose(&arms, &uid.to_le_bytes()),
+                "" => choose(&arms, begin.key),
+                name => Some(find(&arms, name)?).filter(|arm| arm.takes_sequences()),
+            };
+            arm.map(|arm| (arm.clone(), arm.current()))
         };
-        let Some(arm) = arm else { return Ok(no_arm) };
-        let generation = arm.current();
+        let Some((arm, generation)) = chosen else { return Ok(no_arm) };
         let state = State::new(generation, begin.prompt_length);
-        Ok(self.insert(uid, arm, begin.prompt_length, begin.segments, state))
+        Ok(self.insert(Sequence::new(uid, arm, begin.prompt_length, begin.segments, 0, state)))
     }
 
-    fn insert(&self, uid: u64, arm: Arc<Arm>, prompt_length: u64, segments: Vec<KvhSegment>, state: State) -> Began {
-        let generation = state.generation.clone();
+    fn insert(&self, sequence: Sequence) -> Began {
+        let (uid, prompt_length) = (sequence.uid, sequence.prompt_length);
+        let generation = sequence.state.lock().generation.clone();
         let needs = &generation.needs;
         let phases = wanted_phases(&generation, prompt_length);
         let window = if phases & KVH_PHASE_PREFILL != 0 { generation.queries_needed(prompt_length) } else { 0 };
@@ -80,8 +86,7 @@ impl Host {
             on_prefill_done: generation.answers(Event::PrefillDone) && prompt_length >= least_tokens(&generation),
             grown_every: if generation.answers(Event::Grown) { needs.grown_every } else { 0 },
         };
-        arm.figures.began();
-        let sequence = Sequence { uid, arm, prompt_length, segments, state: state.into() };
+        sequence.arm.figures.began();
         self.sequences.write().insert(uid, Arc::new(sequence));
         began
     }
@@ -106,7 +111,8 @@ impl Host {
         drop(ticket);
         let uid = self.next_uid.fetch_add(1, Ordering::Relaxed);
         let segments = sequence.segments.clone();
-        Ok(self.insert(uid, sequence.arm.clone(), sequence.prompt_length, segments, copy))
+        let (arm, seen) = (sequence.arm.clone(), sequence.seen());
+        Ok(self.insert(Sequence::new(uid, arm, sequence.prompt_length, segments, seen, copy)))
     }
 
     /// The last rows of each layer were taken away. A ticket stays open only if all that was planned is still there.
@@ -193,6 +199,9 @@ impl Host {
         drop(state);
         drop(ticket);
         self.tell_freed(sequence, &generation, &ranks, reason, stream);
+        if ranks.iter().any(|rank| rank.touched) && sequence.went_well() {
+            self.judge(&sequence.arm, sequence.arm.guard.outcome(false));
+        }
         sequence.arm.figures.ended();
     }
 
@@ -214,7 +223,7 @@ impl Host {
                     let start = Instant::now();
                     // SAFETY: the arguments are ours and valid during the call.
                     let told = unsafe { instance.on_free(&args) };
-                    sequence.arm.figures.took(Timed::OnFree, start.elapsed());
+                    sequence.arm.took(Timed::OnFree, start.elapsed());
                     if let Err(error) = told {
                         self.hook_failed("on_free", sequence.uid, generation, &error);
                     }
@@ -249,6 +258,7 @@ impl Host {
         state.asked = None;
         state.failed = None;
         state.broken = None;
+        sequence.joined();
         drop(state);
         self.tell_freed(sequence, &old, &ranks, KVH_FREE_FINISHED, core::ptr::null_mut());
     }

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use kvhook_abi::raw::*;
 
-use crate::arm::Generation;
-use crate::ask::{Ask, may_compress, raw_segments};
+use crate::arm::{ArmState, Generation};
+use crate::ask::{Ask, raw_segments};
 use crate::device::Queue;
 use crate::error::HostError;
 use crate::figures::Timed;
@@ -169,7 +169,8 @@ impl Host {
         }
         let seen = state.ranks[rank].queries_seen(sequence.prompt_length);
         let lengths = request.layers.lengths();
-        let joined = may_compress(&sequence, &state, event, next_position, seen)
+        let joined = self
+            .may_compress(&sequence, &state, event, next_position, seen)
             .and_then(|()| self.ticket_of(&sequence, &mut state, request, &lengths));
         match joined {
             Ok(counts) => {
@@ -236,6 +237,7 @@ impl Host {
             ranks: state.ranks.iter().map(|_| RankTicket::Waiting).collect(),
             fresh: request.fresh,
             moves_rows: request.moves_rows,
+            shadow: sequence.arm.state() == ArmState::Shadow,
             movement: None,
             commit_position: None,
         });
@@ -422,7 +424,7 @@ impl Host {
                 Event::PrefillDone => Timed::OnPrefillDone,
                 Event::Grown => Timed::OnGrown,
             };
-            first.sequence.arm.figures.took(timed, start.elapsed());
+            first.sequence.arm.took(timed, start.elapsed());
         }
         if let Err(error) = called {
             return members

@@ -113,12 +113,14 @@ pub const KVHOOK_REASON_OUT_OF_MEMORY: KvhookReason = 107;
 pub const KVHOOK_REASON_OTHER_RANK: KvhookReason = 108;
 /// The sequence was freed, cut, forked, preempted or reset before commit.
 pub const KVHOOK_REASON_DROPPED: KvhookReason = 109;
-/// The arm was disabled.
+/// The arm was disabled, by the operator or by its guard, or all are: safe mode.
 pub const KVHOOK_REASON_DISABLED: KvhookReason = 110;
 /// The sequence is shorter than the arm's `min_tokens`.
 pub const KVHOOK_REASON_MIN_TOKENS: KvhookReason = 111;
 /// A device's driver reported an error.
 pub const KVHOOK_REASON_DEVICE: KvhookReason = 112;
+/// The arm is a shadow: its plan was made and checked, and is not carried out.
+pub const KVHOOK_REASON_SHADOW: KvhookReason = 113;
 
 /// A host. All functions may be called from any thread unless they say otherwise.
 pub struct KvhookHost {

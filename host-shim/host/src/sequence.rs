@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvhook_abi::raw::*;
 use parking_lot::Mutex;
@@ -23,8 +24,64 @@ pub struct Sequence {
     pub prompt_length: u64,
     /// Stretches of the prompt.
     pub segments: Vec<KvhSegment>,
+    /// The arm's term when its instances became the sequence's.
+    term: AtomicU64,
+    /// One of its arm's plugins failed for it.
+    failed: AtomicBool,
+    /// The highest position that was seen as the next token's.
+    seen: AtomicU64,
     /// What changes. Held briefly: never while a plugin runs or rows move.
     pub state: Mutex<State>,
+}
+
+impl Sequence {
+    /// A sequence of which tokens up to the position `seen` were counted.
+    pub fn new(
+        uid: u64,
+        arm: Arc<Arm>,
+        prompt_length: u64,
+        segments: Vec<KvhSegment>,
+        seen: u64,
+        state: State,
+    ) -> Self {
+        let term = arm.term().into();
+        Self { uid, arm, prompt_length, segments, term, failed: false.into(), seen: seen.into(), state: state.into() }
+    }
+
+    /// The highest position that was seen as the next token's.
+    pub fn seen(&self) -> u64 {
+        self.seen.load(Ordering::Relaxed)
+    }
+
+    /// The next token's position. Gives by how much it is above all seen.
+    pub fn reached(&self, position: u64) -> u64 {
+        position.saturating_sub(self.seen.fetch_max(position, Ordering::Relaxed))
+    }
+
+    /// Keys were rotated for lower positions: the next token's is this one now.
+    pub fn moved_to(&self, position: u64) {
+        self.seen.store(position, Ordering::Relaxed);
+    }
+
+    /// The arm's current instances are the sequence's now.
+    pub fn joined(&self) {
+        self.term.store(self.arm.term(), Ordering::Relaxed);
+        self.failed.store(false, Ordering::Relaxed);
+    }
+
+    /// A plugin failed for it. True the first time, and only for the arm's current plugin.
+    pub fn fails_first(&self) -> bool {
+        !self.failed.swap(true, Ordering::Relaxed) && self.is_current()
+    }
+
+    /// Whether the arm's current plugin did not fail for it.
+    pub fn went_well(&self) -> bool {
+        !self.failed.load(Ordering::Relaxed) && self.is_current()
+    }
+
+    fn is_current(&self) -> bool {
+        self.term.load(Ordering::Relaxed) == self.arm.term()
+    }
 }
 
 /// What changes in a sequence's life.

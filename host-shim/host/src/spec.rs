@@ -19,7 +19,9 @@
 //! | `min_tokens` | sequences shorter than this are kept; default 0 |
 //! | `layers` | layers to compress: `"0-3,8"` (`"20-"`: to the last), or a list of numbers; default all |
 //! | `weight` | share of the sequences that name no arm, relative to the other arms; default 1 |
-//! | `arms` | a list of objects with a `name` and the keys above, instead of `plugin`, `config`, `sha256` and `weight`; `min_tokens` and `layers` beside it hold for every arm that has none of its own |
+//! | `state` | `serving`, `shadow`, `draining` or `disabled`; default as it was, `serving` for a new arm |
+//! | `guard` | an object of limits: `failed`, `sequences`, `ns_per_token`, `tokens` ([`GuardSpec`]); `null`: none |
+//! | `arms` | a list of objects with a `name` and the keys above, instead of all but `min_tokens` and `layers`; `min_tokens` and `layers` beside it hold for every arm that has none of its own |
 //!
 //! Without `arms` there is one arm, named `default`. `null`, an empty object and an empty list mean no arm. The outer
 //! `kv_plugin` may be left out. At most 64 KiB. Unknown keys are refused.
@@ -29,7 +31,9 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
+use crate::arm::ArmState;
 use crate::error::HostError;
+use crate::guard::GuardSpec;
 use crate::load::{ContentHash, Source};
 
 /// The longest form, and the longest config of one plugin, in bytes.
@@ -56,12 +60,16 @@ pub struct ArmSpec {
     pub min_tokens: u64,
     /// Share of the sequences that name no arm; finite, not negative.
     pub weight: f64,
+    /// What it does with sequences; none: as it was, [`ArmState::Serving`] for a new arm.
+    pub state: Option<ArmState>,
+    /// What switches it off by itself.
+    pub guard: Option<GuardSpec>,
     /// Who named it.
     pub source: Source,
 }
 
 impl ArmSpec {
-    /// An arm with no pin, all layers, no least length, weight 1.
+    /// An arm with no pin, all layers, no least length, weight 1, no guard.
     pub fn new(name: impl Into<String>, plugin: impl Into<String>, config: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -71,11 +79,13 @@ impl ArmSpec {
             layers: None,
             min_tokens: 0,
             weight: 1.0,
+            state: None,
+            guard: None,
             source: Source::Operator,
         }
     }
 
-    /// Checks name, plugin, sizes and weight.
+    /// Checks name, plugin, sizes, weight and guard.
     ///
     /// # Errors
     /// [`HostError::Spec`].
@@ -100,7 +110,9 @@ impl ArmSpec {
                 self.config.len()
             )));
         }
-        check_weight(self.weight).map_err(|error| HostError::Spec(format!("arm `{arm}`: {error}")))
+        let guard = self.guard.map_or(Ok(()), |guard| guard.check());
+        let checked = check_weight(self.weight).and(guard);
+        checked.map_err(|error| HostError::Spec(format!("arm `{arm}`: {error}")))
     }
 }
 
@@ -121,8 +133,10 @@ pub fn parse(text: &str, source: Source) -> Result<Vec<ArmSpec>, HostError> {
     parse_form(text, source).map_err(HostError::Spec)
 }
 
-const ARM_KEYS: [&str; 7] = ["name", "plugin", "config", "sha256", "min_tokens", "layers", "weight"];
-const FORM_KEYS: [&str; 7] = ["plugin", "config", "sha256", "min_tokens", "layers", "weight", "arms"];
+const ARM_KEYS: [&str; 9] = ["name", "plugin", "config", "sha256", "min_tokens", "layers", "weight", "state", "guard"];
+const FORM_KEYS: [&str; 9] = ["plugin", "config", "sha256", "min_tokens", "layers", "weight", "state", "guard", "arms"];
+/// Keys of the form that belong to one arm.
+const ONE_ARM_KEYS: [&str; 6] = ["plugin", "config", "sha256", "weight", "state", "guard"];
 
 fn parse_form(text: &str, source: Source) -> Result<Vec<ArmSpec>, String> {
     if text.len() > MAX_SPEC_BYTES {
@@ -154,7 +168,7 @@ fn parse_form(text: &str, source: Source) -> Result<Vec<ArmSpec>, String> {
         let arm = parse_arm(&form, DEFAULT_ARM.to_owned(), source)?;
         return Ok(vec![arm]);
     };
-    if let Some(key) = ["plugin", "config", "sha256", "weight"].into_iter().find(|key| form.contains_key(*key)) {
+    if let Some(key) = ONE_ARM_KEYS.into_iter().find(|key| form.contains_key(*key)) {
         return Err(format!("`{key}` stands beside `arms`; put it into an arm"));
     }
     let Value::Array(arms) = arms else { return Err(wrong("arms", arms, "a list of objects")) };
@@ -181,10 +195,87 @@ fn parse_form(text: &str, source: Source) -> Result<Vec<ArmSpec>, String> {
 
 fn parse_arm(object: &Map<String, Value>, name: String, source: Source) -> Result<ArmSpec, String> {
     let plugin = get_text(object, "plugin")?.ok_or("`plugin` is missing: the name of a plugin, or a path")?;
+    let spec = parse_patch(object, source)?.applied_to(&ArmSpec::new(name, plugin, ""));
+    spec.check().map_err(|error| inner(&error))?;
+    Ok(spec)
+}
+
+/// An arm as [`parse`] takes it in `arms`.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn parse_named_arm(object: &Map<String, Value>, source: Source) -> Result<ArmSpec, String> {
+    check_keys(object, &ARM_KEYS, "an arm")?;
+    parse_arm(object, get_name(object)?, source)
+}
+
+/// Some keys of an arm, and its name.
+///
+/// # Errors
+/// What is wrong with them.
+pub(crate) fn parse_named_patch(object: &Map<String, Value>, source: Source) -> Result<(String, ArmPatch), String> {
+    check_keys(object, &ARM_KEYS, "an arm")?;
+    Ok((get_name(object)?, parse_patch(object, source)?))
+}
+
+fn get_name(object: &Map<String, Value>) -> Result<String, String> {
+    get_text(object, "name")?.ok_or_else(|| "`name` is missing".to_owned())
+}
+
+/// What changes of an arm; none: it stays.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ArmPatch {
+    /// A bare name or a path, and who named it. With it, `config` and `sha256` begin empty.
+    pub plugin: Option<(String, Source)>,
+    /// The plugin's config string.
+    pub config: Option<String>,
+    /// The pinned content.
+    pub sha256: Option<Option<ContentHash>>,
+    /// Layers to compress.
+    pub layers: Option<Option<LayerSet>>,
+    /// Sequences shorter than this are kept.
+    pub min_tokens: Option<u64>,
+    /// Share of the sequences that name no arm.
+    pub weight: Option<f64>,
+    /// What it does with sequences.
+    pub state: Option<ArmState>,
+    /// What switches it off by itself.
+    pub guard: Option<Option<GuardSpec>>,
+}
+
+impl ArmPatch {
+    /// The spec with what changes. Its state is the patch's.
+    pub fn applied_to(&self, spec: &ArmSpec) -> ArmSpec {
+        let mut spec = spec.clone();
+        if let Some((plugin, source)) = &self.plugin {
+            (spec.plugin, spec.source) = (plugin.clone(), *source);
+            (spec.config, spec.sha256) = (String::new(), None);
+        }
+        let patch = self.clone();
+        ArmSpec {
+            config: patch.config.unwrap_or(spec.config),
+            sha256: patch.sha256.unwrap_or(spec.sha256),
+            layers: patch.layers.unwrap_or(spec.layers),
+            min_tokens: patch.min_tokens.unwrap_or(spec.min_tokens),
+            weight: patch.weight.unwrap_or(spec.weight),
+            state: patch.state,
+            guard: patch.guard.unwrap_or(spec.guard),
+            ..spec
+        }
+    }
+}
+
+/// A key that is there, whatever its value.
+fn given<T>(object: &Map<String, Value>, key: &str, value: T) -> Option<T> {
+    object.contains_key(key).then_some(value)
+}
+
+fn parse_patch(object: &Map<String, Value>, source: Source) -> Result<ArmPatch, String> {
     let config = match object.get("config") {
-        None | Some(Value::Null) => String::new(),
-        Some(Value::String(text)) => text.clone(),
-        Some(config @ Value::Object(_)) => config.to_string(),
+        None => None,
+        Some(Value::Null) => Some(String::new()),
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(config @ Value::Object(_)) => Some(config.to_string()),
         Some(other) => return Err(wrong("config", other, "a string or an object")),
     };
     let sha256 = match get_text(object, "sha256")? {
@@ -192,21 +283,62 @@ fn parse_arm(object: &Map<String, Value>, name: String, source: Source) -> Resul
         None => None,
     };
     let weight = match object.get("weight") {
-        None | Some(Value::Null) => 1.0,
-        Some(value) => value.as_f64().ok_or_else(|| wrong("weight", value, "a number, 0 or more"))?,
+        None | Some(Value::Null) => None,
+        Some(value) => Some(weight_of("weight", value)?),
     };
-    let spec = ArmSpec {
-        name,
-        plugin,
+    Ok(ArmPatch {
+        plugin: get_text(object, "plugin")?.map(|plugin| (plugin, source)),
         config,
-        sha256,
-        layers: get_layers(object)?,
-        min_tokens: get_u64(object, "min_tokens")?.unwrap_or(0),
+        sha256: given(object, "sha256", sha256),
+        layers: given(object, "layers", get_layers(object)?),
+        min_tokens: get_u64(object, "min_tokens")?,
         weight,
-        source,
+        state: match object.get("state") {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(state_of(value)?),
+        },
+        guard: given(object, "guard", guard_of(object.get("guard"))?),
+    })
+}
+
+/// A weight from JSON.
+pub(crate) fn weight_of(key: &str, value: &Value) -> Result<f64, String> {
+    value.as_f64().ok_or_else(|| wrong(key, value, "a number, 0 or more"))
+}
+
+/// A state from its name.
+pub(crate) fn state_of(value: &Value) -> Result<ArmState, String> {
+    let named = value.as_str().and_then(|name| ArmState::ALL.into_iter().find(|state| state.name() == name));
+    named.ok_or_else(|| {
+        let names: Vec<_> = ArmState::ALL.iter().map(|state| state.name()).collect();
+        wrong("state", value, &names.join(", "))
+    })
+}
+
+/// A guard from an object of limits; nothing and `null` give none.
+pub(crate) fn guard_of(value: Option<&Value>) -> Result<Option<GuardSpec>, String> {
+    let object = match value {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Object(object)) => object,
+        Some(other) => return Err(wrong("guard", other, "an object, or null")),
     };
-    spec.check().map_err(|error| inner(&error))?;
-    Ok(spec)
+    check_keys(object, &["failed", "sequences", "ns_per_token", "tokens"], "a guard")?;
+    let usual = GuardSpec::default();
+    let failed = match object.get("failed") {
+        None | Some(Value::Null) => usual.failed,
+        Some(value) => value.as_f64().ok_or_else(|| wrong("failed", value, "a share, 0 to 1"))?,
+    };
+    let guard = GuardSpec {
+        failed,
+        sequences: match get_u64(object, "sequences")? {
+            None => usual.sequences,
+            Some(sequences) => u32::try_from(sequences).unwrap_or(u32::MAX),
+        },
+        ns_per_token: get_u64(object, "ns_per_token")?.unwrap_or(usual.ns_per_token),
+        tokens: get_u64(object, "tokens")?.unwrap_or(usual.tokens),
+    };
+    guard.check()?;
+    Ok(Some(guard))
 }
 
 /// The text inside a spec error, so that it is not wrapped twice.
@@ -217,7 +349,7 @@ fn inner(error: &HostError) -> String {
     }
 }
 
-fn check_keys(object: &Map<String, Value>, known: &[&str], place: &str) -> Result<(), String> {
+pub(crate) fn check_keys(object: &Map<String, Value>, known: &[&str], place: &str) -> Result<(), String> {
     let Some(unknown) = object.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
     let hint = nearest(unknown, known).map(|key| format!("did you mean `{key}`? ")).unwrap_or_default();
     Err(format!("{place} has the unknown key `{}`; {hint}Keys: {}", shorten(unknown), known.join(", ")))
@@ -255,12 +387,12 @@ fn get_layers(object: &Map<String, Value>) -> Result<Option<LayerSet>, String> {
     }
 }
 
-fn wrong(key: &str, value: &Value, expected: &str) -> String {
+pub(crate) fn wrong(key: &str, value: &Value, expected: &str) -> String {
     format!("`{key}` is {}; expected {expected}", shorten(&value.to_string()))
 }
 
 /// Text for a message: a stranger's, so at most 60 characters of it.
-fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),
@@ -440,6 +572,12 @@ mod tests {
             (r#"{"plugin": "noop", "layers": "3-1"}"#, "`layers` is \"3-1\""),
             (r#"{"plugin": "noop", "layers": "+3"}"#, "`layers` is \"+3\""),
             (r#"{"plugin": "noop", "arms": []}"#, "`plugin` stands beside `arms`"),
+            (r#"{"plugin": "noop", "state": "on"}"#, "`state` is \"on\"; expected serving, shadow, draining, disabled"),
+            (r#"{"plugin": "noop", "guard": 1}"#, "`guard` is 1; expected an object"),
+            (r#"{"plugin": "noop", "guard": {"faild": 1}}"#, "did you mean `failed`?"),
+            (r#"{"plugin": "noop", "guard": {"failed": 2}}"#, "`failed` is 2; expected a share"),
+            (r#"{"plugin": "noop", "guard": {"sequences": 1e99}}"#, "`sequences` is 1e+99"),
+            (r#"{"guard": {}, "arms": []}"#, "`guard` stands beside `arms`"),
             (r#"{"arms": [{"plugin": "noop"}]}"#, "`arms[0]`: `name` is missing"),
             (r#"{"arms": [{"name": "none", "plugin": "noop"}]}"#, "is not `none`"),
             (r#"{"arms": [{"name": "a", "plugin": "x"}, {"name": "a", "plugin": "x"}]}"#, "used twice"),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use kvhook_abi::raw::KVH_REASON_NO_ROOM;
 
+use crate::commit::moved;
 use crate::device::Checked;
 use crate::error::HostError;
 use crate::host::{Host, hook_name};
@@ -36,6 +37,8 @@ pub struct Ticket {
     pub fresh: bool,
     /// Nobody will edit a block table for it: rows move.
     pub moves_rows: bool,
+    /// Its arm is a shadow: it ends when every plan is checked, and nothing moves.
+    pub shadow: bool,
     /// How the rows move, once every rank has a plan: `KVHOOK_MOVE_*`.
     pub movement: Option<i32>,
     /// Position of the next token at commit, once the first rank began.
@@ -156,7 +159,7 @@ impl Ticket {
                 KVHOOK_MOVE_TABLE
             } else if self.fresh {
                 KVHOOK_MOVE_FRESH
-            } else if plans.iter().all(|held| held.plan.first_written() >= held.protected) {
+            } else if self.shadow || plans.iter().all(|held| held.plan.first_written() >= held.protected) {
                 KVHOOK_MOVE_IN_PLACE
             } else {
                 return Err(Refusal::new(
@@ -259,11 +262,29 @@ impl Host {
                 _ => {}
             }
         }
-        let Some((rank, refusal)) = bad else { return settled };
+        let Some((rank, refusal)) = bad else {
+            return match settled {
+                Settled::Ready if ticket.shadow => self.end_shadow(sequence, state),
+                settled => settled,
+            };
+        };
         let (event, position) = (ticket.event, ticket.planned_position);
         let ticket = self.fail(sequence, state, rank, event, position, refusal.reason);
         self.log_fallback(sequence, hook_name(event), &refusal);
         Settled::Dropped(refusal.reason, ticket)
+    }
+
+    /// A shadow's plans are good: what they would have done is counted.
+    fn end_shadow(&self, sequence: &Sequence, state: &mut State) -> Settled {
+        let ticket = self.close(sequence, state, KVHOOK_REASON_SHADOW);
+        for (held, model) in ticket.iter().flat_map(|ticket| &ticket.ranks).zip(&self.models) {
+            let Some(plan) = held.held().map(|held| &held.plan) else { continue };
+            let before: Vec<u64> = plan.layers.iter().map(|layer| layer.planned).collect();
+            let after: Vec<u64> = plan.layers.iter().map(|layer| layer.count).collect();
+            sequence.arm.figures.shadowed(moved(model, &before, &after));
+        }
+        sequence.arm.figures.shadow_ended();
+        Settled::Dropped(KVHOOK_REASON_SHADOW, ticket)
     }
 
     /// Drops a ticket.
@@ -316,8 +337,8 @@ impl Host {
     pub(crate) fn close(&self, sequence: &Sequence, state: &mut State, reason: KvhookReason) -> Option<Ticket> {
         let ticket = state.ticket.take()?;
         self.tickets.lock().dropped(ticket.id, reason);
-        if reason != KVHOOK_REASON_OTHER_RANK {
-            sequence.arm.figures.fell_back(reason);
+        if !matches!(reason, KVHOOK_REASON_OTHER_RANK | KVHOOK_REASON_SHADOW) {
+            self.count_fallback(sequence, reason);
         }
         Some(ticket)
     }

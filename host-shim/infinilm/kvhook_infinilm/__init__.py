@@ -5,6 +5,8 @@
 runs an InfiniLM script with it; `attach()` does the same in one's own script, before an engine is made.
 """
 
+import json
+
 from .errors import AttachError, HostError, KvhookError, Refused, UnknownArm
 from .points import adapter_of, attach
 
@@ -15,9 +17,44 @@ __all__ = [
     "Refused",
     "UnknownArm",
     "adapter_of",
+    "arms",
     "attach",
+    "control",
     "figures",
 ]
+
+
+def control(engine, changes: list) -> None:
+    """Changes arms while the engine runs, as a whole or not at all: docs/live.md.
+
+    Args:
+        engine: As for `figures`.
+        changes: `[{"weights": {"a": 9, "b": 1}}, ...]`. A plugin may be a path inside the plugin folders.
+
+    Raises `Refused` where compression is off, `HostError` for what cannot be done; then nothing changed.
+
+    Thread: any. Plugins are loaded on it, while the engine goes on.
+    """
+    adapter = adapter_of(engine)
+    if adapter is None:
+        raise Refused("kvhook is not attached to this engine")
+    from . import native
+
+    adapter.control(json.dumps({"changes": changes}), native.KVHOOK_SOURCE_OPERATOR)
+
+
+def arms(engine) -> dict:
+    """The arms as they are: `{"safe_mode": ..., "arms": [{"name": ..., "state": ..., ...}]}`.
+
+    Empty where compression is off.
+
+    Args:
+        engine: As for `figures`.
+
+    Thread: any.
+    """
+    adapter = adapter_of(engine)
+    return adapter.host.arms() if adapter is not None and adapter.on else {}
 
 
 def figures(engine) -> dict:

@@ -14,6 +14,7 @@ from .errors import KvhookError, Refused, UnknownArm
 from .host import Host, version
 from .lengths import shorten
 from .model import RankModel, check_served, max_positions
+from .operate import loads
 from .requests import Requests
 from .sequences import Step, Tracked
 from .server import requested_arm
@@ -94,6 +95,23 @@ class Adapter:
         if self.on and name and name != NO_ARM and name not in self._arms:
             known = ", ".join([*self._arms, NO_ARM])
             raise UnknownArm(f"kv_plugin: there is no arm {name!r}; the arms are: {known}")
+
+    def control(self, command: str, source: int) -> None:
+        """Changes arms by a command (JSON; docs/live.md). Any thread.
+
+        Raises `Refused` where compression is off, or something would be loaded while compiled graphs are on;
+        `HostError`. Then nothing changed.
+        """
+        host = self.host
+        if host is None:
+            raise Refused(self.refused or "compression is off: no plugin is configured")
+        if self._options.get("enable_graph_compiling") and loads(command):
+            raise Refused(
+                "with --enable-graph plugins are loaded at start only: one that looks at decode would not be seen; "
+                "weights and states may be changed"
+            )
+        host.control(command, source)
+        self._arms = [arm["name"] for arm in host.arms()["arms"]]
 
     def check_request(self, request) -> None:
         """As `check_arm`, for the arm that an `InferenceRequest` names."""

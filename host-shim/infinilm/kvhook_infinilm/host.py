@@ -123,6 +123,21 @@ class Host:
         value, _data = text(form)
         self._call("kvhook_configure", self._handle, value[0], source)
 
+    def control(self, command: str, source: int) -> None:
+        """Changes arms by a command (JSON; docs/live.md), as a whole or not at all; `source` is `KVHOOK_SOURCE_*`.
+
+        Thread: any. Plugins are loaded on it, while the engine goes on.
+        """
+        value, _data = text(command)
+        with self._closing:
+            if self._handle is None:
+                raise KvhookError("the engine is closed")
+            self._call("kvhook_control", self._handle, value[0], source)
+
+    def arms(self) -> dict:
+        """The arms as they are: `{"safe_mode": ..., "arms": [{"name": ..., "state": ..., ...}]}`."""
+        return json.loads(self._text("kvhook_arms_json"))
+
     def begin(
         self, key: str, arm: str, prompt_length: int, segments: Sequence[tuple[int, int]]
     ) -> Began:

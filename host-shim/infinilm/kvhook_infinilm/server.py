@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
+from . import operate
 from .errors import UnknownArm
 from .guard import guard
 
@@ -54,6 +55,7 @@ def wrap_register_routes(original: Callable) -> Callable:
         original(self, app)
         with guard("InferenceServer._register_routes"):
             _add_routes(self, app)
+            operate.add_routes(self, app)
 
     return _register_routes
 

@@ -214,6 +214,18 @@ impl KvPlugins {
         })
     }
 
+    /// Changes arms by a command (JSON text, as `docs/live.md` describes it), as a whole or not at all. Any thread, while
+    /// the engine runs.
+    ///
+    /// # Errors
+    /// [`Error::Plugin`]; then nothing changed.
+    pub fn control(&self, command: &str, source: Source) -> Result<()> {
+        // SAFETY: the host lives, the text is borrowed for the call.
+        call("kvhook_control", |error| unsafe {
+            kvhook_control(self.host.as_ptr(), KvhStr::new(command), source_number(source), error)
+        })
+    }
+
     /// Removes an arm; its sequences stay as they are from now on.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use kvhook_abi::boundary;
 use kvhook_abi::raw::*;
 
-use super::{guard, host_of};
+use super::{give, guard, host_of};
 use crate::error::HostError;
 use crate::load::Source;
 use crate::raw::*;
@@ -13,7 +13,7 @@ use crate::spec::{ArmSpec, LayerSet};
 /// `KVHOOK_SOURCE_*`. An arm whose name stays keeps its figures; its sequences move as with `kvhook_arm_set`. In safe
 /// mode the form is read and no arm is made.
 ///
-/// Thread: any; one change of arms at a time, others wait. Plugins are loaded and created on this thread.
+/// Thread: any; one change that loads at a time, others wait. Plugins are loaded and created on this thread.
 /// Returns `KVHOOK_ERR_SPEC`, any loading error (100 to 118), `KVHOOK_ERR_CONFIG`, `KVHOOK_ERR_NEED_NOT_OFFERED`,
 /// `KVHOOK_ERR_CREATE`, `KVHOOK_ERR_CREATE_PANIC`, `KVHOOK_ERR_UNSUPPORTED`.
 ///
@@ -36,7 +36,7 @@ pub unsafe extern "C" fn kvhook_configure(
 /// sequence moves to them, too, unless the old ones hold state for it (memory of its own, queries seen) or its ticket is
 /// open; the old instances are told with `on_free`, and destroyed when no sequence is left on them.
 ///
-/// Thread: any; one change of arms at a time, others wait.
+/// Thread: any; one change that loads at a time, others wait.
 /// Returns as `kvhook_configure`, and `KVHOOK_ERR_SAFE_MODE`; then nothing has changed.
 ///
 /// # Safety
@@ -72,6 +72,8 @@ unsafe fn read_arm(arm: *const KvhookArm) -> Result<ArmSpec, HostError> {
         layers: LayerSet::parse(text(arm.layers, "arm.layers")?).map_err(HostError::Spec)?,
         min_tokens: arm.min_tokens,
         weight: arm.weight,
+        state: None,
+        guard: None,
         source: Source::from_raw(arm.source)?,
     })
 }
@@ -99,7 +101,7 @@ pub unsafe extern "C" fn kvhook_arm_weight(
 /// Removes an arm with its figures. Its live sequences are kept from now on (`KVHOOK_REASON_DISABLED`), tickets that are
 /// open may be committed; its instances are destroyed when the last of its sequences is freed.
 ///
-/// Thread: any; one change of arms at a time, others wait.
+/// Thread: any.
 /// Returns `KVHOOK_ERR_UNKNOWN_ARM`.
 ///
 /// # Safety
@@ -108,6 +110,50 @@ pub unsafe extern "C" fn kvhook_arm_weight(
 pub unsafe extern "C" fn kvhook_arm_remove(host: *mut KvhookHost, name: KvhStr, error: *mut KvhText) -> KvhookStatus {
     // SAFETY: the caller's arguments are as the header says.
     let body = || unsafe { host_of(host)?.remove_arm(boundary::text(name, "name")?) };
+    // SAFETY: as above.
+    unsafe { guard(error, body) }
+}
+
+/// Changes arms by a command (JSON text, at most 64 KiB), as a whole or not at all: `{"changes": [{"add": {...}},
+/// {"replace": {...}}, {"set": {...}}, {"weights": {...}}, {"state": {...}}, {"guard": {...}}, {"remove": "..."},
+/// {"safe_mode": ...}]}`, as docs/live.md describes them. `source` is `KVHOOK_SOURCE_*`; for a command that came over a
+/// network, `KVHOOK_SOURCE_MODEL`: it names plugins by bare names only. What was before and after is logged.
+///
+/// Thread: any; one change that loads at a time, others wait. Plugins are loaded and created on this thread, while the
+/// engine goes on.
+/// Returns as `kvhook_configure`, and `KVHOOK_ERR_UNKNOWN_ARM`, `KVHOOK_ERR_SAFE_MODE`; then nothing has changed.
+///
+/// # Safety
+/// Arguments are null or as the header says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvhook_control(
+    host: *mut KvhookHost,
+    command: KvhStr,
+    source: i32,
+    error: *mut KvhText,
+) -> KvhookStatus {
+    // SAFETY: the caller's arguments are as the header says.
+    let body = || unsafe { host_of(host)?.control(boundary::text(command, "command")?, Source::from_raw(source)?) };
+    // SAFETY: as above.
+    unsafe { guard(error, body) }
+}
+
+/// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., "plugin": ..., "weight": ..., "state": ...,
+/// "cause": ..., "live": ...}]}`, with all keys of the form. `cause` says why a guard switched the arm off.
+///
+/// Thread: any.
+/// Returns `KVHOOK_ERR_BUFFER_TOO_SMALL`: nothing was written, and `out.length` says how many bytes are needed.
+///
+/// # Safety
+/// Arguments are null or as the header says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvhook_arms_json(
+    host: *mut KvhookHost,
+    out: *mut KvhText,
+    error: *mut KvhText,
+) -> KvhookStatus {
+    // SAFETY: the caller's arguments are as the header says.
+    let body = || unsafe { give(out, &host_of(host)?.arms_json()) };
     // SAFETY: as above.
     unsafe { guard(error, body) }
 }

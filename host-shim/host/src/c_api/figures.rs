@@ -3,7 +3,7 @@
 use kvhook_abi::boundary;
 use kvhook_abi::raw::*;
 
-use super::{guard, host_of};
+use super::{give, guard, host_of};
 use crate::error::HostError;
 use crate::raw::*;
 
@@ -92,21 +92,4 @@ pub unsafe extern "C" fn kvhook_figures_prometheus(
     let body = || unsafe { give(out, &host_of(host)?.figures_prometheus()) };
     // SAFETY: as above.
     unsafe { guard(error, body) }
-}
-
-/// Writes a whole text or nothing.
-///
-/// # Safety
-/// `out` is null or a text buffer.
-unsafe fn give(out: *mut KvhText, text: &str) -> Result<(), HostError> {
-    // SAFETY: passed on from the caller.
-    let given = unsafe { boundary::read(out, "out")? }.capacity;
-    if given < text.len() {
-        // SAFETY: `read` found the struct to be there.
-        unsafe { (&raw mut (*out).length).write(text.len()) };
-        return Err(HostError::BufferTooSmall { needed: text.len(), given });
-    }
-    // SAFETY: passed on from the caller.
-    unsafe { boundary::write_text(out, text) };
-    Ok(())
 }

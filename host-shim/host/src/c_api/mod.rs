@@ -80,6 +80,23 @@ unsafe fn host_of<'a>(host: *mut KvhookHost) -> Result<&'a Host, HostError> {
         .ok_or_else(|| HostError::InvalidArgument { argument: "host", problem: "is null".to_owned() })
 }
 
+/// Writes a whole text or nothing.
+///
+/// # Safety
+/// `out` is null or a text buffer.
+unsafe fn give(out: *mut KvhText, text: &str) -> Result<(), HostError> {
+    // SAFETY: passed on from the caller.
+    let given = unsafe { boundary::read(out, "out")? }.capacity;
+    if given < text.len() {
+        // SAFETY: `read` found the struct to be there.
+        unsafe { (&raw mut (*out).length).write(text.len()) };
+        return Err(HostError::BufferTooSmall { needed: text.len(), given });
+    }
+    // SAFETY: passed on from the caller.
+    unsafe { boundary::write_text(out, text) };
+    Ok(())
+}
+
 /// An array of `uint64_t` to be filled, checked before anything is done.
 struct Numbers {
     data: *mut u8,

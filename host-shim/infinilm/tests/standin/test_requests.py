@@ -6,7 +6,7 @@ import pytest
 
 import kvhook_infinilm
 from kvhook_infinilm import adapter_of
-from kvhook_infinilm.errors import UnknownArm
+from kvhook_infinilm.errors import HostError, UnknownArm
 
 from standin.engines import (
     ARMS,
@@ -165,6 +165,36 @@ def test_arms_by_weight(model, answers):
         assert figures["last32"]["sequences"] + figures["noop"]["sequences"] == 16
         assert figures["last32"]["sequences"] == figures["last32"]["commits"] <= kept
         assert figures["noop"]["sequences"] <= plain
+
+
+def test_control(model, answers):
+    """A shadow measures and changes no token; when it serves again, it compresses; a removed arm is unknown."""
+    with open_llm(model(), ["last32", "noop"], **PAGED) as llm:
+        plain = answers(model(), prompt(90), NEW_TOKENS, block=16)
+        kept = answers(model(), prompt(90), NEW_TOKENS, KEEPS["last32"], block=16)
+        assert plain.tokens != kept.tokens
+
+        kvhook_infinilm.control(llm, [{"state": {"last32": "shadow"}}])
+        (found,) = ask(llm, prompt(90), "last32", NEW_TOKENS)
+        assert found == plain.tokens
+        figures = kvhook_infinilm.figures(llm)["arms"]["last32"]
+        assert figures["commits"] == 0 < figures["shadow"]["commits"]
+
+        kvhook_infinilm.control(llm, [{"state": {"last32": "serving"}}])
+        (found,) = ask(llm, prompt(90), "last32", NEW_TOKENS)
+        assert found == kept.tokens
+
+        before = kvhook_infinilm.arms(llm)
+        with pytest.raises(HostError, match="no-such"):
+            kvhook_infinilm.control(
+                llm, [{"weights": {"noop": 9}}, {"add": {"name": "x", "plugin": "no-such"}}]
+            )
+        assert kvhook_infinilm.arms(llm) == before
+        new = {"name": "x", "plugin": "noop", "config": "observe=none"}
+        kvhook_infinilm.control(llm, [{"add": new}, {"remove": "last32"}])
+        assert [arm["name"] for arm in kvhook_infinilm.arms(llm)["arms"]] == ["noop", "x"]
+        with pytest.raises(UnknownArm, match="'last32'.*noop, x"):
+            add(llm.engine, prompt(10), "last32", NEW_TOKENS)
 
 
 @pytest.mark.parametrize("cache", ["static", "paged"])

@@ -1,0 +1,142 @@
+"""Control of the arms over HTTP, beside InfiniLM's own routes. Off unless the operator's environment switches it on.
+
+| | |
+| --- | --- |
+| `KVHOOK_CONTROL=1` | the routes are there |
+| `KVHOOK_CONTROL_TOKEN` | requests carry it as `Authorization: Bearer TOKEN`, from any address; without one only programs on this machine are served |
+| `GET /kvhook/arms` | the arms as JSON |
+| `POST /kvhook/control` | a command (docs/live.md), at most 64 KiB of `application/json`; plugins by bare name only. Answers the arms |
+
+| status | means |
+| --- | --- |
+| 400 | the command is refused; nothing changed; the message says why |
+| 401, 403 | no token, or another one; not from this machine |
+| 409 | compression is off, or compiled graphs are on |
+| 413, 415 | the body is too long, or not `application/json` |
+| 503 | the engine is starting |
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from collections.abc import Mapping
+
+from . import native
+from .errors import HostError, KvhookError, Refused
+
+MAX_BYTES = 1 << 16
+"""The longest command."""
+
+_HERE = {"127.0.0.1", "::1", "localhost"}
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+
+class Denied(Exception):
+    """A request is not served; `status` and the text go back."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def is_on() -> bool:
+    """Whether the operator's environment switches the routes on."""
+    return os.environ.get("KVHOOK_CONTROL", "") not in ("", "0")
+
+
+def check_caller(client: str | None, headers: Mapping[str, str], token: str) -> None:
+    """Who may use the routes.
+
+    Without a token: programs on this machine. A proxy's requests and a web page's (which names another host, or cannot
+    send `application/json` unasked) are none of these.
+
+    Raises `Denied`.
+    """
+    if token:
+        given = headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise Denied(
+                401, "Authorization: Bearer with the token of KVHOOK_CONTROL_TOKEN is expected"
+            )
+        return
+    host = headers.get("host", "")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if client not in _HERE or name not in _HERE or any(key in headers for key in _FORWARDED):
+        raise Denied(
+            403, "only programs on this machine are served; set KVHOOK_CONTROL_TOKEN for others"
+        )
+
+
+def add_routes(server, app) -> None:
+    """Adds the routes to InfiniLM's server, where they are on."""
+    if not is_on():
+        return
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import JSONResponse
+
+    from . import adapter_of
+
+    def adapter_for(request):
+        token = os.environ.get("KVHOOK_CONTROL_TOKEN", "")
+        check_caller(request.client.host if request.client else None, request.headers, token)
+        if server.engine is None:
+            raise Denied(503, "the engine is starting")
+        adapter = adapter_of(server.engine)
+        if adapter is None or not adapter.on:
+            raise Denied(409, getattr(adapter, "refused", None) or "compression is off")
+        return adapter
+
+    def answered(handler):
+        async def route(request):
+            try:
+                return JSONResponse(await handler(request))
+            except Denied as error:
+                return JSONResponse({"error": str(error)}, error.status)
+            except Refused as error:
+                return JSONResponse({"error": str(error)}, 409)
+            except (HostError, KvhookError) as error:
+                return JSONResponse({"error": str(error)}, 400)
+
+        return route
+
+    async def arms(request):
+        return adapter_for(request).host.arms()
+
+    async def control(request):
+        adapter = adapter_for(request)
+        command = await body(request)
+        await run_in_threadpool(adapter.control, command, native.KVHOOK_SOURCE_MODEL)
+        return adapter.host.arms()
+
+    app.add_route("/kvhook/arms", answered(arms), methods=["GET"])
+    app.add_route("/kvhook/control", answered(control), methods=["POST"])
+
+
+async def body(request) -> str:
+    """A command's text. No more than `MAX_BYTES` and one chunk are read.
+
+    Raises `Denied`.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Denied(415, f"the body is {kind or 'of no type'}; application/json is expected")
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise Denied(413, f"the body is too long; at most {MAX_BYTES} bytes are taken")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Denied(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def loads(command: str) -> bool:
+    """Whether a command loads plugins. One that cannot be read is the host's to refuse."""
+    try:
+        changes = json.loads(command)["changes"]
+        return any(key in ("add", "replace", "set") for change in changes for key in change)
+    except (ValueError, TypeError, KeyError):
+        return False
