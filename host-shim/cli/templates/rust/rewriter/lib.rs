@@ -50,8 +50,11 @@ impl Plugin for Method {
     /// How many rows each layer will have. Lengths, segments and config decide that, never values.
     fn bound(&self, args: &BoundArgs<'_>) -> Result<Bound, PluginError> {
         let lengths: Vec<u64> = args.lengths().collect();
-        let count = |(length, planned): (&u64, &bool)| if *planned { self.groups(*length).len() as u64 } else { *length };
-        let counts: Vec<u64> = lengths.iter().zip(&self.layers).map(count).collect();
+        let counts: Vec<u64> = lengths
+            .iter()
+            .zip(&self.layers)
+            .map(|(length, rewritten)| if *rewritten { self.groups(*length).len() as u64 } else { *length })
+            .collect();
         Ok(if counts == lengths { Bound::Keep(Reason::TooShort) } else { Bound::Rows(counts) })
     }
 

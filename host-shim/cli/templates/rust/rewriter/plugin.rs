@@ -20,8 +20,8 @@ fn neighbours_become_one_between_the_first_and_the_most_recent_entries() {
     let Made::Rewrite { cache: made, positions } = plugin.plan(&cache(10)).unwrap() else { panic!("no rewrite") };
     // Rows 2 to 6 are between; the odd one stays.
     let rows = [0.0, 1.0, 2.5, 4.5, 6.0, 7.0, 8.0, 9.0];
-    for layer in 0..SHAPE.layers {
-        assert_eq!(positions[layer], [0, 1, 2, 4, 6, 7, 8, 9]);
+    for (layer, positions) in positions.iter().enumerate() {
+        assert_eq!(*positions, [0, 1, 2, 4, 6, 7, 8, 9]);
         for head in 0..SHAPE.kv_heads {
             for (row, expected) in rows.iter().enumerate() {
                 let key = (1000 * layer + 100 * head) as f32 + expected;
