@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use kvhook_engine::{CacheConfig, Device, KvDtype};
 
 use crate::arm::ArmSpec;
+use crate::project::PluginName;
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -32,6 +33,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Make a weight file for mlp-decouple out of a checkpoint, or out of one of another version
     Convert(Convert),
+    /// Write the project of a new plugin, which builds and tests without any engine
+    New(New),
 }
 
 const ABOUT: &str = "Compress the KV cache of a real model with plugins, and measure what that does";
@@ -283,6 +286,46 @@ impl From<WeightOrder> for kvhook_mlp_weights::ImageOrder {
             WeightOrder::ValueFirst => Self::ValueFirst,
         }
     }
+}
+
+/// Options of `kvhook new`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook new value-norm
+  kvhook new merge-pairs --kind rewriter
+  kvhook new value-norm --lang c
+
+The project is a new folder NAME in the current one. It carries what it is built with: for Rust a copy of
+kvhook-abi (then `cargo test`), for C the header (then `make test`).")]
+pub struct New {
+    /// Name of the plugin: letters from a to z, digits, `-` and `_`
+    #[arg(value_name = "NAME")]
+    pub name: PluginName,
+    /// Language of the plugin
+    #[arg(long, value_enum, default_value_t = Language::Rust)]
+    pub lang: Language,
+    /// What the plugin does with the cache
+    #[arg(long, value_enum, default_value_t = Kind::Scorer)]
+    pub kind: Kind,
+}
+
+/// Language of a new plugin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    /// A crate
+    Rust,
+    /// One C11 file
+    C,
+}
+
+/// What a new plugin does with the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Gives each entry a score; the best are kept
+    Scorer,
+    /// Writes new entries in place of the old ones
+    Rewriter,
 }
 
 /// How the KV cache is laid out and stored.

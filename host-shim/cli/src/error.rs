@@ -100,6 +100,12 @@ pub enum CliError {
         /// What the JSON reader said.
         source: serde_json::Error,
     },
+    /// The folder of a new project is there.
+    #[error("{} exists, and nothing in it was changed; choose another name, or move it away", path.display())]
+    ProjectExists {
+        /// The folder, or whatever has its name.
+        path: PathBuf,
+    },
     /// A benchmark could not be run.
     #[error(transparent)]
     Bench(#[from] BenchError),
@@ -124,6 +130,7 @@ impl CliError {
             | Self::Terms { .. }
             | Self::NotUtf8 { .. }
             | Self::DuplicateArm(_)
+            | Self::ProjectExists { .. }
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }
             | Self::ResultsFormat { .. }

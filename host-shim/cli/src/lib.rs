@@ -6,6 +6,7 @@
 //!   [`report`] hands it out.
 //! * [`mod@bench`] times compressions of caches without a model.
 //! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
+//! * [`project`] writes the project of a new plugin.
 //! * [`weights`] reads and converts the weight files of `mlp-decouple`.
 
 pub mod account;
@@ -25,6 +26,7 @@ pub mod page;
 pub mod passages;
 pub mod plugins;
 pub mod progress;
+pub mod project;
 pub mod report;
 pub mod results;
 pub mod stats;
