@@ -130,7 +130,8 @@ pub(crate) unsafe fn read_select(plan: &KvhLayerPlan, index: usize, layer: &Laye
         (true, false) => {
             // SAFETY: the caller's promise.
             let ranges = unsafe { std::slice::from_raw_parts(plan.ranges, plan.range_count as usize) };
-            let outside = |range: &KvhRange| range.start.checked_add(range.length).is_none_or(|end| end > length as u64);
+            let outside =
+                |range: &KvhRange| range.start.checked_add(range.length).is_none_or(|end| end > length as u64);
             if ranges.iter().any(outside) {
                 return broken("a range leaves the layer's rows");
             }

@@ -153,7 +153,8 @@ impl Layer {
         let blocks = if form.block() == 0 { 0 } else { tokens.div_ceil(form.block()) };
         let capacity = if form.block() == 0 { tokens } else { blocks * form.block() };
         // Even blocks first, then odd ones: neighbours lie apart.
-        let table = (0..blocks as i32).map(|block| if block % 2 == 0 { block / 2 } else { (blocks as i32 + block) / 2 });
+        let table =
+            (0..blocks as i32).map(|block| if block % 2 == 0 { block / 2 } else { (blocks as i32 + block) / 2 });
         let tensor = |dim: usize| Tensor {
             memory: Guarded::new(capacity * heads * dim * dtype.size(), 64, 0xff),
             filled: Vec::new(),

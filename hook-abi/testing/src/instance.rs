@@ -162,11 +162,19 @@ impl Instance {
         })
     }
 
-    /// Asks how much of a sequence would be kept.
+    /// Asks how much of a sequence would be kept when its prompt is complete.
     ///
     /// # Errors
     /// [`Fault::Refused`], [`Fault::Bound`], [`Fault::TailWritten`].
-    pub fn bound(&mut self, sequence: &Sequence, event: Event) -> Result<Bounded, Fault> {
+    pub fn bound(&mut self, sequence: &Sequence) -> Result<Bounded, Fault> {
+        self.bound_at(sequence, Event::PrefillDone)
+    }
+
+    /// As [`Instance::bound`], at an event.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn bound_at(&mut self, sequence: &Sequence, event: Event) -> Result<Bounded, Fault> {
         let lengths: Vec<u64> = sequence.layers.iter().map(|layer| layer.tokens() as u64).collect();
         let mut counts = Array::new(self.engine.extra, lengths.clone());
         let args = KvhBoundArgs {
@@ -222,7 +230,7 @@ impl Instance {
     /// Any [`Fault`].
     pub fn prepare(&mut self, sequences: &[Sequence], event: Event) -> Result<Vec<Answer>, Fault> {
         let bounds: Vec<Bounded> =
-            sequences.iter().map(|sequence| self.bound(sequence, event)).collect::<Result<_, _>>()?;
+            sequences.iter().map(|sequence| self.bound_at(sequence, event)).collect::<Result<_, _>>()?;
         let extra = self.engine.extra;
         let views: Vec<Array<KvhLayer>> = sequences
             .iter()
