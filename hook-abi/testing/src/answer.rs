@@ -112,6 +112,11 @@ fn ascending(layer: usize, what: &str, lists: &[Vec<u32>]) -> Result<(), Fault> 
     }
 }
 
+/// Whether a select says nothing of a layer, which keeps it whole.
+pub(crate) fn is_whole(plan: &KvhLayerPlan) -> bool {
+    plan.count == 0 && plan.range_count == 0 && plan.indices.is_null() && plan.positions.is_null()
+}
+
 /// Copies a layer's select.
 ///
 /// # Safety
@@ -122,9 +127,7 @@ pub(crate) unsafe fn read_select(plan: &KvhLayerPlan, index: usize, layer: &Laye
     let (has_ranges, has_indices) = (plan.range_count > 0, !plan.indices.is_null());
     let rows = match (has_ranges, has_indices) {
         (true, true) => return broken("both `ranges` and `indices`; one of them is to be filled"),
-        (false, false) if count == 0 => {
-            vec![(0..length as u32).collect(); heads]
-        }
+        (false, false) if count == 0 => vec![(0..length as u32).collect(); heads],
         (false, false) => return broken("a count, and neither `ranges` nor `indices`"),
         (true, false) if plan.ranges.is_null() => return broken("`ranges` is null"),
         (true, false) => {
@@ -158,7 +161,12 @@ pub(crate) unsafe fn read_select(plan: &KvhLayerPlan, index: usize, layer: &Laye
 ///
 /// # Safety
 /// What the plan points to is valid.
-pub(crate) unsafe fn read_rewrite(plan: &KvhLayerPlan, index: usize, lent: &Layer) -> Result<NewRows, Fault> {
+pub(crate) unsafe fn read_rewrite(
+    plan: &KvhLayerPlan,
+    index: usize,
+    lent: &Layer,
+    next_position: u64,
+) -> Result<NewRows, Fault> {
     let count = plan.count as usize;
     if plan.positions.is_null() || count > lent.tokens() {
         let what = format!("a rewrite of {count} rows in {} lent ones, or without positions", lent.tokens());
@@ -167,6 +175,12 @@ pub(crate) unsafe fn read_rewrite(plan: &KvhLayerPlan, index: usize, lent: &Laye
     // SAFETY: the caller's promise.
     let positions = unsafe { lists(plan.positions, plan.position_stride_head, lent.heads(), count) };
     ascending(index, "positions", &positions)?;
+    if let Some(position) = positions.iter().flatten().find(|position| u64::from(**position) >= next_position) {
+        return Err(Fault::Plan {
+            layer: index,
+            what: format!("position {position}, and the next is {next_position}"),
+        });
+    }
     let [keys, values] = lent.read().map(|mut rows| {
         rows.iter_mut().for_each(|head| head.truncate(count));
         rows

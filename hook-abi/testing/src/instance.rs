@@ -282,29 +282,25 @@ impl Instance {
                 let (found, expected) = (plan.struct_size as u64, expected as u64);
                 return Err(Fault::HostField { field: "plan.struct_size", found, expected });
             }
-            // SAFETY: ticket memory and lent rows, which are taken back below.
-            let answer = unsafe { read(plan, &room, place, &sequences[place], &lent[place])? };
-            self.check_counts(&answer, &bounds[place])?;
-            answers.push(answer);
+            if plan.kind != KVH_PLAN_KEEP {
+                self.check_counts(&room.layers[place], &sequences[place], &bounds[place])?;
+            }
+            // SAFETY: ticket memory and lent rows, which are taken back below; no count is above its bound.
+            answers.push(unsafe { read(plan, &room, place, &sequences[place], &lent[place])? });
         }
         self.host.take_back(None);
         Ok(answers)
     }
 
-    fn check_counts(&self, answer: &Answer, bound: &Bounded) -> Result<(), Fault> {
-        let counts: Vec<u64> = match answer {
-            Answer::Keep { .. } => return Ok(()),
-            Answer::Select(layers) => layers.iter().map(|layer| layer.count as u64).collect(),
-            Answer::Rewrite { layers, .. } => {
-                layers.iter().map(|layer| layer.positions.first().map_or(0, Vec::len) as u64).collect()
-            }
-        };
+    /// Before anything is read that a count speaks of.
+    fn check_counts(&self, plans: &Array<KvhLayerPlan>, sequence: &Sequence, bound: &Bounded) -> Result<(), Fault> {
         let bounds = match bound {
             Bounded::Keep(reason) => return Err(Fault::Unannounced { reason: *reason }),
             Bounded::Rows(bounds) => bounds,
         };
         let fewer_allowed = self.engine.can & KVH_CAN_DATA_COUNTS != 0;
-        for (layer, (&count, &bound)) in counts.iter().zip(bounds).enumerate() {
+        for (layer, (plan, &bound)) in plans.iter().zip(bounds).enumerate() {
+            let count = if answer::is_whole(plan) { sequence.layers[layer].tokens() as u64 } else { plan.count.into() };
             if count > bound || (count < bound && !fewer_allowed) {
                 return Err(Fault::Count { layer, count, bound });
             }
@@ -490,6 +486,7 @@ unsafe fn read(
 ) -> Result<Answer, Fault> {
     let moved = plan.flags & KVH_PLAN_FLAG_MOVED_POSITIONS != 0;
     let known = plan.flags & !KVH_PLAN_FLAG_MOVED_POSITIONS == 0;
+    let next_position = if moved { plan.next_position } else { sequence.next_position };
     let layers = || room.layers[place].iter().enumerate();
     match plan.kind {
         KVH_PLAN_KEEP if plan.flags == 0 => {
@@ -502,9 +499,9 @@ unsafe fn read(
         }
         KVH_PLAN_REWRITE if known => {
             // SAFETY: the caller's promise.
-            let layer = |(index, plan)| unsafe { answer::read_rewrite(plan, index, &lent[index]) };
+            let layer = |(index, layer)| unsafe { answer::read_rewrite(layer, index, &lent[index], next_position) };
             let layers = layers().map(layer).collect::<Result<_, _>>()?;
-            Ok(Answer::Rewrite { layers, next_position: moved.then_some(plan.next_position) })
+            Ok(Answer::Rewrite { layers, next_position: moved.then_some(next_position) })
         }
         kind => Err(Fault::Kind { kind, flags: plan.flags }),
     }
