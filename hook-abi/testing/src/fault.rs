@@ -116,4 +116,10 @@ pub enum Fault {
         /// Bytes of the buffer.
         capacity: usize,
     },
+    /// A rule of [`conformance`](crate::conformance) is broken in another way.
+    #[error("{what}")]
+    Broken {
+        /// What was found, and what was expected.
+        what: String,
+    },
 }

@@ -26,6 +26,7 @@ pub mod answer;
 pub mod arrays;
 pub mod assertions;
 pub mod cache;
+pub mod conformance;
 pub mod engine;
 pub mod fault;
 pub mod guarded;
