@@ -6,8 +6,6 @@
     reason = "a test may panic; its unsafe calls are the host's side"
 )]
 
-mod mock;
-
 use core::ptr;
 use std::panic::panic_any;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +15,7 @@ use kvhook_abi::raw::*;
 use kvhook_abi::{
     Bound, BoundArgs, Call, Can, CreateContext, FreeReason, Hooks, Needs, Plugin, PluginError, Reason, Requests,
 };
-use mock::*;
+use kvhook_testing::{Answer, Bounded, Engine, Fault as Broken, Instance, Message, Random, Sequence, Shape};
 
 kvhook_abi::words! {
     /// What goes wrong.
@@ -103,49 +101,62 @@ impl Drop for Faulty {
 
 static FAULTY: Static<KvhPluginEntry> = Tables::<Faulty>::entry();
 
-fn load<'a>(host: &'a MockHost, config: &str) -> Result<Loaded<'a>, (KvhStatus, String)> {
-    Loaded::new(FAULTY.get(), host, &Model::new(0, 3, 1, 1, 4), config.as_bytes())
+const SHAPE: Shape = Shape::new(3, 1, 1, 4);
+
+fn load(config: impl AsRef<[u8]>) -> Result<Instance, Broken> {
+    Engine::new(SHAPE).create(FAULTY.get(), config)
+}
+
+fn prompt() -> Sequence {
+    Sequence::random(1, 5, SHAPE, kvhook_testing::Dtype::F32, kvhook_testing::Form::HeadMajor, &mut Random::new(1))
+}
+
+fn refused(status: KvhStatus, message: &str) -> Broken {
+    Broken::Refused { status, message: message.into() }
+}
+
+/// The status and words of what was refused.
+fn words<T>(outcome: Result<T, Broken>) -> (KvhStatus, String) {
+    match outcome {
+        Err(Broken::Refused { status, message }) => (status, message),
+        Err(fault) => panic!("{fault}"),
+        Ok(_) => (KVH_OK, String::new()),
+    }
 }
 
 #[test]
 fn a_panic_poisons_the_instance_and_no_other() {
-    let host = MockHost::with_level(KVH_LOG_INFO);
-    let (bad, good) = (load(&host, "fault=free").unwrap(), load(&host, "").unwrap());
-    assert_eq!(bad.free(3), (KVH_ERR_PANIC, "the plugin panicked: no sequence 3".into()));
-    let (status, text) = bad.free(4);
+    let (mut bad, mut good) = (load("fault=free").unwrap(), load("").unwrap());
+    assert_eq!(bad.free(3), Err(refused(KVH_ERR_PANIC, "the plugin panicked: no sequence 3")));
+    let (status, text) = words(bad.free(4));
     assert_eq!(status, KVH_ERR_POISONED);
     assert!(text.contains("no sequence 3"), "{text}");
-    assert!(bad.bound(&[5], NO_SEGMENTS, 5).unwrap_err().contains("poisoned"));
-    assert_eq!(good.free(3), (KVH_OK, String::new()));
-    assert!(host.logged("the plugin panicked: no sequence 3") && host.logged("guard.rs"));
+    assert!(words(bad.bound(&prompt())).1.contains("poisoned"));
+    assert_eq!(good.free(3), Ok(()));
+    assert!(bad.host().logged("the plugin panicked: no sequence 3") && bad.host().logged("guard.rs"));
 }
 
 #[test]
 fn a_payload_that_panics_when_dropped_stays_inside() {
-    let host = MockHost::default();
-    let loaded = load(&host, "fault=payload").unwrap();
-    assert_eq!(loaded.free(1).0, KVH_ERR_PANIC);
-    assert_eq!(loaded.free(1).0, KVH_ERR_POISONED);
+    let mut loaded = load("fault=payload").unwrap();
+    assert_eq!(words(loaded.free(1)).0, KVH_ERR_PANIC);
+    assert_eq!(words(loaded.free(1)).0, KVH_ERR_POISONED);
 }
 
 #[test]
 fn panics_in_create_and_destroy_stay_inside() {
-    let host = MockHost::default();
-    assert_eq!(load(&host, "fault=create").err(), Some((KVH_ERR_PANIC, "the plugin panicked: create fails".into())));
-    drop(load(&host, "fault=destroy").unwrap());
+    assert_eq!(load("fault=create").err(), Some(refused(KVH_ERR_PANIC, "the plugin panicked: create fails")));
+    drop(load("fault=destroy").unwrap());
 }
 
 #[test]
 fn two_calls_at_once_are_refused() {
-    let host = MockHost::default();
-    let loaded = load(&host, "fault=block").unwrap();
-    let instance = loaded.instance.addr();
+    let mut loaded = load("fault=block").unwrap();
+    let instance = loaded.raw().expose_provenance();
+    let hook = on_prefill_done(&loaded).bound.unwrap();
     std::thread::scope(|scope| {
-        let host = &host;
         scope.spawn(move || {
             // The same instance, from another thread, as a host must not.
-            let other = core::mem::ManuallyDrop::new(load(host, "").unwrap());
-            let hook = other.hook::<KvhOnPrefillDone1>("kvh.on_prefill_done/1").unwrap().bound.unwrap();
             while !ENTERED.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
@@ -154,88 +165,81 @@ fn two_calls_at_once_are_refused() {
             let status = unsafe { hook(instance, ptr::null(), ptr::null_mut(), error.raw()) };
             LEAVE.store(true, Ordering::SeqCst);
             assert_eq!(status, KVH_ERR_INVALID_ARGUMENT);
-            assert!(error.text().contains("serial"), "{}", error.text());
-            drop(core::mem::ManuallyDrop::into_inner(other));
+            assert!(error.read().unwrap().contains("serial"), "{:?}", error.read());
         });
-        let _ = loaded.instance.expose_provenance();
-        assert!(loaded.bound(&[5], NO_SEGMENTS, 5).is_ok(), "the first call goes on undisturbed");
+        assert!(loaded.bound(&prompt()).is_ok(), "the first call goes on undisturbed");
     });
+}
+
+fn on_prefill_done(instance: &Instance) -> &'static KvhOnPrefillDone1 {
+    unsafe { instance.hook("kvh.on_prefill_done/1") }.unwrap()
 }
 
 #[test]
 fn wrong_arguments_are_named() {
-    let host = MockHost::default();
-    let loaded = load(&host, "").unwrap();
-    let on_free = loaded.hook::<KvhOnFree1>("kvh.on_free/1").unwrap().on_free.unwrap();
+    let loaded = load("").unwrap();
+    let on_free = unsafe { loaded.hook::<KvhOnFree1>("kvh.on_free/1") }.unwrap().on_free.unwrap();
     let args = KvhOnFreeArgs { struct_size: 16, uid: 1, reason: 0, reserved0: 0, stream: ptr::null_mut() };
     let call = |instance, args| {
         let mut error = Message::new();
         let status = unsafe { on_free(instance, args, error.raw()) };
-        (status, error.text().to_owned())
+        (status, error.read().unwrap())
     };
     let invalid = |text: &str| (KVH_ERR_INVALID_ARGUMENT, text.to_owned());
     assert_eq!(call(ptr::null_mut(), &raw const args), invalid("`instance` is null"));
-    assert_eq!(call(loaded.instance, ptr::null()), invalid("`args` is null; expected a KvhOnFreeArgs"));
+    assert_eq!(call(loaded.raw(), ptr::null()), invalid("`args` is null; expected a KvhOnFreeArgs"));
     assert_eq!(
-        call(loaded.instance, &raw const args),
+        call(loaded.raw(), &raw const args),
         invalid("`args.struct_size` is 16; a KvhOnFreeArgs has at least 32 bytes")
     );
     // An error buffer may be missing or small.
-    assert_eq!(unsafe { on_free(loaded.instance, ptr::null(), ptr::null_mut()) }, KVH_ERR_INVALID_ARGUMENT);
+    assert_eq!(unsafe { on_free(loaded.raw(), ptr::null(), ptr::null_mut()) }, KVH_ERR_INVALID_ARGUMENT);
     let mut small = [0; 3];
     let mut buffer = KvhText::over(&mut small);
-    assert_eq!(unsafe { on_free(loaded.instance, ptr::null(), &raw mut buffer) }, KVH_ERR_INVALID_ARGUMENT);
+    assert_eq!(unsafe { on_free(loaded.raw(), ptr::null(), &raw mut buffer) }, KVH_ERR_INVALID_ARGUMENT);
     assert_eq!((buffer.length, &small), (3, b"`ar"));
-    unsafe { loaded.entry.destroy.unwrap()(ptr::null_mut()) };
+    unsafe { loaded.entry().destroy.unwrap()(ptr::null_mut()) };
 }
 
 #[test]
 fn create_refuses_null_arguments_and_bad_configs() {
-    let host = MockHost::default();
     let mut error = Message::new();
     let mut instance = ptr::null_mut();
     let create = FAULTY.get().create.unwrap();
     assert_eq!(unsafe { create(ptr::null(), &raw mut instance, error.raw()) }, KVH_ERR_INVALID_ARGUMENT);
-    let (status, text) = load(&host, "falt=free").err().unwrap();
+    let (status, text) = words(load("falt=free"));
     assert_eq!(status, KVH_ERR_CONFIG);
     assert!(text.contains("`falt`") && text.contains("did you mean `fault`?"), "{text}");
-    let model = Model::new(0, 1, 1, 1, 4);
-    let (status, text) = Loaded::new(FAULTY.get(), &host, &model, b"fault=\xff").err().unwrap();
-    assert_eq!((status, text.as_str()), (KVH_ERR_CONFIG, "the config is not UTF-8 from byte 6"));
-    let (status, _) = Loaded::new(FAULTY.get(), &host, &model, &vec![b' '; 1 << 20]).err().unwrap();
-    assert_eq!(status, KVH_ERR_CONFIG);
+    assert_eq!(load(b"fault=\xff").err(), Some(refused(KVH_ERR_CONFIG, "the config is not UTF-8 from byte 6")));
+    assert_eq!(words(load(vec![b' '; 1 << 20])).0, KVH_ERR_CONFIG);
 }
 
 #[test]
 fn only_declared_hooks_and_needs_are_there() {
-    let host = MockHost::default();
-    let loaded = load(&host, "fault=needs").unwrap();
-    assert!(loaded.hook::<KvhOnPrefillDone1>("kvh.on_prefill_done/1").is_some());
-    assert!(loaded.hook::<KvhOnGrown1>("kvh.on_grown/1").is_none());
-    assert!(loaded.hook::<KvhOnGrown1>("kvh.on_prefill_done/2").is_none());
-    let mut needs = KvhNeeds { struct_size: size_of::<KvhNeeds>(), ..unsafe { core::mem::zeroed() } };
-    let mut error = Message::new();
-    let status = unsafe { loaded.entry.needs.unwrap()(loaded.instance, &raw mut needs, error.raw()) };
+    let mut loaded = load("fault=needs").unwrap();
+    let hook = |id: &str| unsafe { loaded.hook::<KvhOnPrefillDone1>(id) };
+    assert!(hook("kvh.on_prefill_done/1").is_some());
+    assert!(hook("kvh.on_grown/1").is_none());
+    assert!(hook("kvh.on_prefill_done/2").is_none());
+    let (status, text) = words(loaded.needs());
     assert_eq!(status, KVH_ERR_INTERNAL);
-    assert!(error.text().contains("rewrite"), "{}", error.text());
+    assert!(text.contains("rewrite"), "{text}");
 }
 
 #[test]
 fn a_keep_carries_its_reason() {
-    let host = MockHost::default();
-    let loaded = load(&host, "").unwrap();
-    let cache = Cache::new(1, 5, 4, 0, |_, _, _| (0.0, 0.0));
-    let layers = (0..3).map(|index| cache.layer(index)).collect();
-    let made = prepare(&loaded, 16, 1, layers, NO_SEGMENTS, 5).unwrap();
-    assert_eq!((made.kind, made.reason, made.message.as_str()), (KVH_PLAN_KEEP, KVH_REASON_OTHER, "because"));
+    let engine = Engine { extra: 16, ..Engine::new(SHAPE) };
+    let mut loaded = engine.create(FAULTY.get(), "").unwrap();
+    assert_eq!(loaded.bound(&prompt()), Ok(Bounded::Keep(KVH_REASON_NONE)));
+    let kept = Answer::Keep { reason: KVH_REASON_OTHER, message: "because".into() };
+    assert_eq!(loaded.plan_one(&prompt()), Ok(kept));
 }
 
 #[test]
 fn events_reach_the_host_of_their_instance() {
-    let (loud, quiet) = (MockHost::with_level(KVH_LOG_INFO), MockHost::with_level(KVH_LOG_ERROR));
-    let _loud = load(&loud, "").unwrap();
-    let _quiet = load(&quiet, "").unwrap();
-    assert!(loud.logged("created layers=3"), "{:?}", loud.logs.lock().unwrap());
-    assert!(!loud.logged("not wanted"));
-    assert!(quiet.logs.lock().unwrap().is_empty());
+    let quiet = Engine { log_level: KVH_LOG_ERROR, ..Engine::new(SHAPE) };
+    let (loud, quiet) = (load("").unwrap(), quiet.create(FAULTY.get(), "").unwrap());
+    assert!(loud.host().logged("created layers=3"), "{:?}", loud.host().logs());
+    assert!(!loud.host().logged("not wanted"));
+    assert!(quiet.host().logs().is_empty());
 }

@@ -1,18 +1,12 @@
 //! A scorer through the C tables, with a host of the same age and with a newer one.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::undocumented_unsafe_blocks,
-    reason = "a test may panic; its unsafe calls are the host's side"
-)]
-
-mod mock;
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use kvhook_abi::export::{Static, Tables};
 use kvhook_abi::raw::*;
 use kvhook_abi::scorer::Scored;
 use kvhook_abi::{Can, CreateContext, LayerView, NoConfig, PluginError, Scorer};
-use mock::*;
+use kvhook_testing::{Answer, Bounded, Dtype, Engine, Fault, Form, Instance, Layer, Message, Seen, Sequence, Shape};
 use proptest::prelude::*;
 
 /// Scores an entry by the first channel of its V.
@@ -78,14 +72,27 @@ fn score(head: usize, token: usize) -> f32 {
     ((token * 7 + head * 3) % 11) as f32 - 5.0
 }
 
-fn cache(length: usize, block_size: usize) -> Cache {
-    Cache::new(2, length, 4, block_size, |head, token, channel| {
-        (token as f32, if channel == 0 { score(head, token) } else { f32::MAX })
-    })
+const SHAPE: Shape = Shape::new(1, 2, 4, 4);
+
+fn cache(length: usize, form: Form) -> Layer {
+    let key = |token: usize| vec![token as f32; 4];
+    let value = |head, token| vec![score(head, token), f32::MAX, f32::MAX, f32::MAX];
+    let keys = vec![(0..length).map(key).collect(); 2];
+    let values = (0..2).map(|head| (0..length).map(|token| value(head, token)).collect()).collect();
+    Layer::new(keys, values, Dtype::F32, form)
+}
+
+/// A prompt of one layer.
+fn prompt(length: usize) -> Sequence {
+    Sequence::new(1, vec![cache(length, Form::HeadMajor)])
+}
+
+fn made(entry: &'static Static<KvhPluginEntry>, config: &str) -> Instance {
+    Engine::new(SHAPE).create(entry.get(), config).unwrap()
 }
 
 /// The rows that should stay, by sorting everything: protected first, then the score, then the lower index.
-fn expected(head: usize, length: usize, count: usize, sinks: usize, recent: usize) -> Vec<u64> {
+fn expected(head: usize, length: usize, count: usize, sinks: usize, recent: usize) -> Vec<u32> {
     let mut rows: Vec<usize> = (0..length).collect();
     let protected = |row: usize| row < sinks || row + recent >= length;
     rows.sort_by(|a, b| {
@@ -93,7 +100,7 @@ fn expected(head: usize, length: usize, count: usize, sinks: usize, recent: usiz
     });
     rows.truncate(count);
     rows.sort_unstable();
-    rows.into_iter().map(|row| row as u64).collect()
+    rows.into_iter().map(|row| row as u32).collect()
 }
 
 proptest! {
@@ -105,26 +112,24 @@ proptest! {
         budget in 1usize..60,
         sinks in 0usize..6,
         recent in 0usize..10,
-        block_size in prop_oneof![Just(0usize), Just(4), Just(16)],
+        form in prop_oneof![Just(Form::HeadMajor), Just(Form::Paged { block: 4 }), Just(Form::Paged { block: 16 })],
         // A newer host: its structs and strides are larger than the plugin's.
         extra in prop_oneof![Just(0usize), Just(24)],
     ) {
-        let host = MockHost::default();
-        let model = Model::new(extra, 3, 2, 4, 4);
+        let engine = Engine { extra, ..Engine::new(Shape { layers: 3, ..SHAPE }) };
         let config = format!("budget={budget},sinks={sinks},recent={recent}");
-        let loaded = Loaded::new(FIRST.get(), &host, &model, config.as_bytes()).unwrap();
+        let mut instance = engine.create(FIRST.get(), config).unwrap();
         let count = budget.max(sinks + recent).min(length);
-        let caches = [cache(length, block_size), cache(length, block_size), cache(length, block_size)];
-        let layers = caches.iter().zip(0..).map(|(cache, index)| cache.layer(index)).collect();
-        let (bound, _) = loaded.bound(&[length as u64; 3], NO_SEGMENTS, length as u64).unwrap();
-        prop_assert_eq!(bound, vec![count as u64; 3]);
-        let made = prepare(&loaded, extra, 1, layers, NO_SEGMENTS, length as u64).unwrap();
+        let prompt = Sequence::new(1, vec![cache(length, form); 3]);
+        let bound = instance.bound(&prompt).unwrap();
+        let answer = instance.plan_one(&prompt).unwrap();
         if count == length {
-            prop_assert_eq!((made.kind, made.reason), (KVH_PLAN_KEEP, KVH_REASON_NO_GAIN));
+            prop_assert_eq!(bound, Bounded::Keep(KVH_REASON_NO_GAIN));
+            prop_assert_eq!(answer.reason(), KVH_REASON_NO_GAIN);
         } else {
-            prop_assert_eq!(made.kind, KVH_PLAN_SELECT);
-            for kept in &made.kept {
-                for (head, kept) in kept.iter().enumerate() {
+            prop_assert_eq!(bound, Bounded::Rows(vec![count as u64; 3]));
+            for layer in answer.select() {
+                for (head, kept) in layer.rows.iter().enumerate() {
                     prop_assert_eq!(kept, &expected(head, length, count, sinks, recent));
                 }
             }
@@ -134,138 +139,129 @@ proptest! {
 
 #[test]
 fn keep_is_a_fraction_of_the_tokens_seen() {
-    let host = MockHost::default();
-    let model = Model::new(0, 1, 2, 4, 4);
-    let loaded = Loaded::new(FIRST.get(), &host, &model, b"keep=0.25,sinks=1,recent=1,every=8").unwrap();
-    assert_eq!(loaded.bound(&[40], NO_SEGMENTS, 40), Ok((vec![10], KVH_REASON_NONE)));
-    assert_eq!(loaded.bound(&[18], NO_SEGMENTS, 48), Ok((vec![12], KVH_REASON_NONE)), "compressed once before");
-    assert_eq!(loaded.bound(&[10], NO_SEGMENTS, 40), Ok((vec![10], KVH_REASON_NO_GAIN)));
+    let mut instance = made(&FIRST, "keep=0.25,sinks=1,recent=1,every=8");
+    assert_eq!(instance.bound(&prompt(40)), Ok(Bounded::Rows(vec![10])));
+    let compressed = |rows, next_position| Sequence { next_position, ..prompt(rows) };
+    assert_eq!(instance.bound(&compressed(18, 48)), Ok(Bounded::Rows(vec![12])), "compressed once before");
+    assert_eq!(instance.bound(&compressed(10, 40)), Ok(Bounded::Keep(KVH_REASON_NO_GAIN)));
 }
 
 #[test]
 fn short_sequences_are_kept() {
-    let host = MockHost::default();
-    let loaded = Loaded::new(FIRST.get(), &host, &Model::new(0, 1, 2, 4, 4), b"min_tokens=20,recent=1").unwrap();
-    let cache = cache(19, 0);
-    assert_eq!(loaded.bound(&[19], NO_SEGMENTS, 19), Ok((vec![19], KVH_REASON_TOO_SHORT)));
-    let made = prepare(&loaded, 0, 1, vec![cache.layer(0)], NO_SEGMENTS, 19).unwrap();
-    assert_eq!((made.kind, made.reason), (KVH_PLAN_KEEP, KVH_REASON_TOO_SHORT));
+    let mut instance = made(&FIRST, "min_tokens=20,recent=1");
+    assert_eq!(instance.bound(&prompt(19)), Ok(Bounded::Keep(KVH_REASON_TOO_SHORT)));
+    assert_eq!(instance.plan_one(&prompt(19)).unwrap().reason(), KVH_REASON_TOO_SHORT);
 }
 
 #[test]
 fn images_stay_whole_when_only_text_is_compressed() {
-    let host = MockHost::default();
-    let config = b"budget=10,sinks=1,recent=2,segments=text";
-    let loaded = Loaded::new(FIRST.get(), &host, &Model::new(0, 1, 2, 4, 4), config).unwrap();
-    let segment = KvhSegment { kind: KVH_SEGMENT_IMAGE, reserved0: 0, start: 5, length: 9 };
-    let segments = Array::new(0, vec![segment]);
-    let (bound, _) = loaded.bound(&[40], segments.raw(), 40).unwrap();
-    assert_eq!(bound, [12], "9 of the image, 1 sink, 2 recent");
-    let cache = cache(40, 0);
-    let made = prepare(&loaded, 0, 1, vec![cache.layer(0)], segments.raw(), 40).unwrap();
-    let protected: Vec<u64> = [0].into_iter().chain(5..14).chain(38..40).collect();
-    assert_eq!(made.kept[0], [protected.clone(), protected]);
+    let mut instance = made(&FIRST, "budget=10,sinks=1,recent=2,segments=text");
+    let prompt = prompt(40).image(5, 9);
+    assert_eq!(instance.bound(&prompt), Ok(Bounded::Rows(vec![12])), "9 of the image, 1 sink, 2 recent");
+    let protected: Vec<u32> = [0].into_iter().chain(5..14).chain(38..40).collect();
+    assert_eq!(instance.plan_one(&prompt).unwrap().select()[0].rows, [protected.clone(), protected]);
 }
 
 #[test]
 fn layers_of_other_kinds_stay_whole() {
-    let host = MockHost::default();
-    let mut model = Model::new(0, 2, 2, 4, 4);
-    model.layer_mut(0).kind = KVH_LAYER_SLIDING_WINDOW;
-    let loaded = Loaded::new(FIRST.get(), &host, &model, b"budget=8,sinks=1,recent=1").unwrap();
-    let (window, full) = (cache(16, 0), cache(40, 0));
-    assert_eq!(loaded.bound(&[16, 40], NO_SEGMENTS, 40).unwrap().0, [16, 8]);
-    let layers = vec![KvhLayer { kind: KVH_LAYER_SLIDING_WINDOW, ..window.layer(0) }, full.layer(1)];
-    let made = prepare(&loaded, 0, 1, layers, NO_SEGMENTS, 40).unwrap();
-    assert_eq!(made.kept[0][1], (0..16).collect::<Vec<u64>>());
-    assert_eq!(made.kept[1][1], expected(1, 40, 8, 1, 1));
+    let engine =
+        Engine { kinds: vec![KVH_LAYER_SLIDING_WINDOW, KVH_LAYER_FULL], ..Engine::new(Shape { layers: 2, ..SHAPE }) };
+    let mut instance = engine.create(FIRST.get(), "budget=8,sinks=1,recent=1").unwrap();
+    let mut window = cache(16, Form::HeadMajor);
+    window.kind = KVH_LAYER_SLIDING_WINDOW;
+    let prompt = Sequence::new(1, vec![window, cache(40, Form::HeadMajor)]);
+    assert_eq!(instance.bound(&prompt), Ok(Bounded::Rows(vec![16, 8])));
+    let answer = instance.plan_one(&prompt).unwrap();
+    assert_eq!(answer.select()[0].rows[1], (0..16).collect::<Vec<u32>>());
+    assert_eq!(answer.select()[1].rows[1], expected(1, 40, 8, 1, 1));
 }
 
 #[test]
 fn the_last_queries_are_handed_over() {
-    let host = MockHost::default();
-    let loaded =
-        Loaded::new(LAST_QUERY.get(), &host, &Model::new(0, 1, 2, 4, 4), b"budget=4,sinks=0,recent=0").unwrap();
+    let mut instance = made(&LAST_QUERY, "budget=4,sinks=0,recent=0");
     // K of token t is (t, -t, 0, 0): the query's first two channels decide which end is kept.
-    let cache = Cache::new(2, 12, 4, 0, |_, token, channel| {
-        let sign = [1.0, -1.0, 0.0, 0.0][channel];
-        (sign * token as f32, 0.0)
-    });
-    let plan = || prepare(&loaded, 0, 7, vec![cache.layer(0)], NO_SEGMENTS, 12);
-    assert_eq!(plan().unwrap().reason, KVH_REASON_QUERIES_MISSING);
+    let keys = vec![(0..12).map(|token| vec![token as f32, -(token as f32), 0.0, 0.0]).collect(); 2];
+    let values = vec![vec![vec![0.0; 4]; 12]; 2];
+    let prompt = Sequence::new(7, vec![Layer::new(keys, values, Dtype::F32, Form::HeadMajor)]);
+    let reason = |instance: &mut Instance| instance.plan_one(&prompt).unwrap().reason();
+    assert_eq!(reason(&mut instance), KVH_REASON_QUERIES_MISSING);
     // 12 tokens in two chunks whose boundary lies inside the window; query heads 0 and 1 belong to KV head 0.
-    let query = |token: usize| -> Vec<f32> {
+    let query = |token: usize| {
         let last = if token == 11 { 1.0 } else { -1.0 };
-        [[last, 0.0, 0.0, 0.0], [9.0; 4], [0.0, last, 0.0, 0.0], [9.0; 4]].concat()
+        vec![vec![last, 0.0, 0.0, 0.0], vec![9.0; 4], vec![0.0, last, 0.0, 0.0], vec![9.0; 4]]
     };
-    let chunk = |tokens: std::ops::Range<usize>| tokens.flat_map(query).collect::<Vec<f32>>();
-    assert_eq!(observe(&loaded, 0, 7, 0, 12, 4, &chunk(0..11)).0, KVH_OK);
-    assert_eq!(plan().unwrap().reason, KVH_REASON_QUERIES_MISSING, "one of two queries was seen");
-    assert_eq!(observe(&loaded, 0, 7, 11, 12, 4, &chunk(11..12)).0, KVH_OK);
-    let made = plan().unwrap();
+    let see = |instance: &mut Instance, tokens: std::ops::Range<usize>| {
+        let first_position = tokens.start as u64;
+        let part = Seen { uid: 7, prompt_length: 12, first_position, queries: tokens.map(query).collect() };
+        instance.see(0, KVH_PHASE_PREFILL, &[part], Dtype::F32).unwrap();
+    };
+    see(&mut instance, 0..11);
+    assert_eq!(reason(&mut instance), KVH_REASON_QUERIES_MISSING, "one of two queries was seen");
+    see(&mut instance, 11..12);
     // The last two entries belong to the window; the others are chosen by the last query.
-    assert_eq!(made.kept[0], [vec![8, 9, 10, 11], vec![0, 1, 10, 11]]);
-    assert_eq!(loaded.free(7).0, KVH_OK);
-    assert_eq!(plan().unwrap().reason, KVH_REASON_QUERIES_MISSING, "dropped at on_free");
+    let answer = instance.plan_one(&prompt).unwrap();
+    assert_eq!(answer.select()[0].rows, [vec![8, 9, 10, 11], vec![0, 1, 10, 11]]);
+    instance.free(7).unwrap();
+    assert_eq!(reason(&mut instance), KVH_REASON_QUERIES_MISSING, "dropped at on_free");
 }
 
 #[test]
 fn needs_follow_the_config() {
-    let host = MockHost::default();
-    let mut model = Model::new(0, 70, 2, 4, 4);
-    model.layer_mut(65).kind = KVH_LAYER_LINEAR;
-    let loaded = Loaded::new(LAST_QUERY.get(), &host, &model, b"every=16,min_tokens=9").unwrap();
-    let mut mask = [u64::MAX; 2];
-    let mut needs = KvhNeeds {
-        struct_size: size_of::<KvhNeeds>(),
-        layer_mask: mask.as_mut_ptr(),
-        layer_mask_words: 2,
-        ..unsafe { core::mem::zeroed() }
-    };
-    let mut error = Message::new();
-    let status = unsafe { loaded.entry.needs.unwrap()(loaded.instance, &raw mut needs, error.raw()) };
-    assert_eq!((status, error.text()), (KVH_OK, ""));
+    let mut kinds = vec![KVH_LAYER_FULL; 70];
+    kinds[65] = KVH_LAYER_LINEAR;
+    let engine = Engine { kinds, ..Engine::new(Shape { layers: 70, ..SHAPE }) };
+    let mut instance = engine.create(LAST_QUERY.get(), "every=16,min_tokens=9").unwrap();
+    let needs = instance.needs().unwrap();
     assert_eq!(needs.must, (Can::QUERIES.and(Can::STATE).and(Can::GROWN)).0);
     assert_eq!((needs.window_queries, needs.grown_every, needs.min_tokens), (2, 16, 9));
-    assert_eq!(needs.before_attention_phases, KVH_PHASE_PREFILL | KVH_PHASE_DECODE);
-    assert_eq!(mask, [u64::MAX, 0b11_1101]);
-    needs.layer_mask_words = 1;
-    let status = unsafe { loaded.entry.needs.unwrap()(loaded.instance, &raw mut needs, error.raw()) };
+    assert_eq!(needs.phases, KVH_PHASE_PREFILL | KVH_PHASE_DECODE);
+    assert_eq!(needs.layer_mask, [u64::MAX, 0b11_1101]);
+    let mut word = u64::MAX;
+    let mut short = KvhNeeds {
+        struct_size: size_of::<KvhNeeds>(),
+        must: 0,
+        before_attention_phases: 0,
+        window_queries: 0,
+        grown_every: 0,
+        min_tokens: 0,
+        layer_mask: &raw mut word,
+        layer_mask_words: 1,
+    };
+    let mut error = Message::new();
+    // SAFETY: the instance lives, and so does all that is lent.
+    let status = unsafe { instance.entry().needs.unwrap()(instance.raw(), &raw mut short, error.raw()) };
     assert_eq!(status, KVH_ERR_INVALID_ARGUMENT);
-    assert!(error.text().contains("layer_mask"), "{}", error.text());
+    assert!(error.read().unwrap().contains("layer_mask"), "{:?}", error.read());
 }
 
 #[test]
 fn a_failure_keeps_its_sequence_and_says_why() {
-    let host = MockHost::default();
-    let model = Model::new(0, 1, 2, 4, 4);
-    let loaded = Loaded::new(FIRST.get(), &host, &model, b"budget=8,recent=1").unwrap();
-    let mut broken = cache(40, 0);
-    let plan = |cache: &Cache| prepare(&loaded, 0, 1, vec![cache.layer(0)], NO_SEGMENTS, 40);
-    broken.v[40 * 4 + 9 * 4] = f32::NAN;
-    let kept = |made: Made, reason: i32, words: &[&str]| {
-        assert_eq!((made.kind, made.reason), (KVH_PLAN_KEEP, reason), "{}", made.message);
-        assert!(words.iter().all(|word| made.message.contains(word)), "{}", made.message);
+    let mut instance = made(&FIRST, "budget=8,recent=1");
+    let good = cache(40, Form::HeadMajor);
+    let mut values = good.values.clone();
+    values[1][9][0] = f32::NAN;
+    let broken = Layer::new(good.keys.clone(), values, Dtype::F32, Form::HeadMajor);
+    let kept = |instance: &mut Instance, layer: Layer, reason: i32, words: &[&str]| {
+        let answer = instance.plan_one(&Sequence::new(1, vec![layer])).unwrap();
+        let Answer::Keep { reason: found, message } = answer else { panic!("{answer:?}") };
+        assert_eq!(found, reason, "{message}");
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
     };
-    kept(plan(&broken).unwrap(), KVH_REASON_OTHER, &["layer 0, head 1", "token 9", "NaN"]);
+    kept(&mut instance, broken, KVH_REASON_OTHER, &["layer 0, head 1", "token 9", "NaN"]);
 
-    let odd = KvhDtype { code: 17, bits: 8, lanes: 1 };
-    let good = cache(40, 0);
-    let mut layer = good.layer(0);
-    layer.v.dtype = odd;
-    let made = prepare(&loaded, 0, 1, vec![layer], NO_SEGMENTS, 40).unwrap();
-    kept(made, KVH_REASON_UNSUPPORTED, &["code 17 with 8 bits"]);
+    let mut odd = good.clone();
+    odd.v_dtype = KvhDtype { code: 17, bits: 8, lanes: 1 };
+    kept(&mut instance, odd, KVH_REASON_UNSUPPORTED, &["code 17 with 8 bits"]);
 
-    host.refuse_memory.store(true, std::sync::atomic::Ordering::Relaxed);
-    kept(plan(&good).unwrap(), KVH_REASON_OTHER, &["the pool is empty"]);
-    host.refuse_memory.store(false, std::sync::atomic::Ordering::Relaxed);
-    assert_eq!(plan(&good).unwrap().kind, KVH_PLAN_SELECT, "an error does not poison");
+    instance.host().refuse_memory(true);
+    kept(&mut instance, good, KVH_REASON_OTHER, &["the pool is empty"]);
+    instance.host().refuse_memory(false);
+    assert_eq!(instance.plan_one(&prompt(40)).unwrap().select().len(), 1, "an error does not poison");
 }
 
 #[test]
 fn both_ways_to_say_how_much_are_refused() {
-    let host = MockHost::default();
-    let both = Loaded::new(FIRST.get(), &host, &Model::new(0, 1, 2, 4, 4), b"keep=0.5,budget=9").err().unwrap();
-    assert_eq!(both.0, KVH_ERR_CONFIG);
-    assert!(both.1.contains("`keep`") && both.1.contains("`budget`"), "{}", both.1);
+    let fault = Engine::new(SHAPE).create(FIRST.get(), "keep=0.5,budget=9").err();
+    let Some(Fault::Refused { status: KVH_ERR_CONFIG, message }) = fault else { panic!("{fault:?}") };
+    assert!(message.contains("`keep`") && message.contains("`budget`"), "{message}");
 }

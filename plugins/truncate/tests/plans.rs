@@ -1,20 +1,23 @@
 //! Bounds, plans by place, segments, layers, config: through the C tables.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not there")]
+
 mod common;
 
 use common::*;
 use kvhook_abi::raw::*;
+use kvhook_testing::*;
 
-const SHAPE: Shape = Shape { layers: 3, kv_heads: 2, q_heads: 4, dim: 8, first_kv_head: 0 };
+const SHAPE: Shape = Shape::new(3, 2, 4, 8);
 
 fn sequence(tokens: usize) -> Sequence {
     let mut random = Random::new(tokens as u64);
-    let layer = |_| Layer::random(&mut random, SHAPE.kv_heads, tokens, SHAPE.dim, Dtype::F32, Placement::Paged);
+    let layer = |_| Layer::random(SHAPE, tokens, Dtype::F32, PAGED, &mut random);
     Sequence::new(1, (0..SHAPE.layers).map(layer).collect())
 }
 
 fn rows(config: &str, tokens: usize) -> Vec<u32> {
-    let answer = Instance::new(config, SHAPE).plan_one(sequence(tokens));
+    let answer = made(config, SHAPE).plan_one(&sequence(tokens)).unwrap();
     let layers = answer.select();
     let first = &layers[0].rows[0];
     assert!(layers.iter().flat_map(|layer| &layer.rows).all(|rows| rows == first), "heads and layers agree");
@@ -27,7 +30,7 @@ fn streaming_is_sinks_and_recent_rows_as_ranges() {
         let expected: Vec<u32> = (0..4).chain(tokens - keep + 4..tokens).collect();
         assert_eq!(rows("keep=0.25", tokens as usize), expected);
     }
-    let answer = Instance::new("budget=40", SHAPE).plan_one(sequence(100));
+    let answer = made("budget=40", SHAPE).plan_one(&sequence(100)).unwrap();
     assert!(answer.select().iter().all(|layer| layer.as_ranges && layer.count == 40));
     assert_eq!(rows("budget=3", 100), [0, 1, 2], "sinks go first");
     assert_eq!(rows("budget=6", 100), [0, 1, 2, 3, 98, 99]);
@@ -43,7 +46,7 @@ fn an_empty_config_is_streaming_at_one_half() {
 
 #[test]
 fn a_stride_is_even_and_shared_by_heads() {
-    let answer = Instance::new("history=stride,budget=46,recent=6", SHAPE).plan_one(sequence(118));
+    let answer = made("history=stride,budget=46,recent=6", SHAPE).plan_one(&sequence(118)).unwrap();
     let layer = &answer.select()[0];
     assert!(layer.shared && !layer.as_ranges);
     // 108 rows of history, 36 places: the middle of every three.
@@ -57,11 +60,11 @@ fn every_history_meets_its_bound_at_every_length() {
     for history in ["history=none", "history=stride", "history=top", "history=sample,importance=uniform"] {
         for amount in ["keep=0.3", "budget=50"] {
             for segments in ["text", "image", "both"] {
-                let mut instance = Instance::new(&format!("{history},{amount},segments={segments}"), SHAPE);
+                let mut instance = made(&format!("{history},{amount},segments={segments}"), SHAPE);
                 for tokens in [1, 2, 5, 36, 51, 90] {
-                    let mut one = [sequence(tokens).image(10, 20).image(40, 5)];
-                    let bound = instance.bound(&one[0]);
-                    let answer = instance.plan(&mut one, false).remove(0);
+                    let one = [sequence(tokens).image(10, 20).image(40, 5)];
+                    let bound = instance.bound(&one[0]).unwrap();
+                    let answer = instance.plan(&one).unwrap().remove(0);
                     assert_eq!(matches!(bound, Bounded::Keep(_)), matches!(answer, Answer::Keep { .. }));
                 }
             }
@@ -71,13 +74,13 @@ fn every_history_meets_its_bound_at_every_length() {
 
 #[test]
 fn nothing_to_drop_is_said_before_data_is_read() {
-    assert_eq!(Instance::new("budget=100", SHAPE).bound(&sequence(100)), Bounded::Keep(KVH_REASON_NO_GAIN));
-    assert_eq!(Instance::new("keep=1", SHAPE).bound(&sequence(100)), Bounded::Keep(KVH_REASON_NO_GAIN));
-    let mut instance = Instance::new("budget=10,min_tokens=101", SHAPE);
-    assert_eq!(instance.bound(&sequence(100)), Bounded::Keep(KVH_REASON_TOO_SHORT));
-    assert_eq!(instance.bound(&sequence(101)), Bounded::Rows(vec![10; 3]));
-    assert_eq!(instance.needs().min_tokens, 101);
-    let answer = instance.plan_one(sequence(100));
+    assert_eq!(made("budget=100", SHAPE).bound(&sequence(100)).unwrap(), Bounded::Keep(KVH_REASON_NO_GAIN));
+    assert_eq!(made("keep=1", SHAPE).bound(&sequence(100)).unwrap(), Bounded::Keep(KVH_REASON_NO_GAIN));
+    let mut instance = made("budget=10,min_tokens=101", SHAPE);
+    assert_eq!(instance.bound(&sequence(100)).unwrap(), Bounded::Keep(KVH_REASON_TOO_SHORT));
+    assert_eq!(instance.bound(&sequence(101)).unwrap(), Bounded::Rows(vec![10; 3]));
+    assert_eq!(instance.needs().unwrap().min_tokens, 101);
+    let answer = instance.plan_one(&sequence(100)).unwrap();
     assert_eq!(answer, Answer::Keep { reason: KVH_REASON_TOO_SHORT, message: String::new() });
 }
 
@@ -86,8 +89,8 @@ fn blocks_are_kept_whole_where_that_is_asked() {
     // 4 sinks touch block 0; the last 26 of 100 rows begin in block 4.
     let expected: Vec<u32> = (0..16).chain(64..100).collect();
     assert_eq!(rows("budget=30,align=block", 100), expected);
-    let offer = Offer { can: CAN_ALL, block_size: 0 };
-    let refused = Instance::create("budget=30,align=block", SHAPE, offer).err().unwrap();
+    let contiguous = Engine { block_size: 0, ..Engine::new(SHAPE) };
+    let refused = create("budget=30,align=block", &contiguous).err().unwrap();
     assert_eq!(refused.0, KVH_ERR_CONFIG);
     assert!(refused.1.contains("contiguous"), "{}", refused.1);
 }
@@ -111,10 +114,10 @@ fn commit(sequence: &Sequence, answer: &Answer, grown: usize) -> Sequence {
                 };
                 positions.push(kept.iter().map(position).collect::<Vec<u32>>());
                 let mut rows: Vec<Vec<f32>> = kept.iter().map(|row| layer.keys[head][*row as usize].clone()).collect();
-                rows.extend((0..grown).map(|_| (0..layer.dim).map(|_| random.float()).collect::<Vec<f32>>()));
+                rows.extend((0..grown).map(|_| (0..layer.k_head_dim()).map(|_| random.float()).collect::<Vec<f32>>()));
                 keys.push(rows);
             }
-            Layer::new(keys, Dtype::F32, Placement::HeadMajor).with_positions(positions)
+            of_keys(keys, Form::HeadMajor).with_positions(positions)
         })
         .collect();
     Sequence {
@@ -129,11 +132,13 @@ fn commit(sequence: &Sequence, answer: &Answer, grown: usize) -> Sequence {
 #[test]
 fn images_stay_whole_through_many_compressions_of_text() {
     for history in ["none", "stride", "top"] {
-        let mut instance =
-            Instance::new(&format!("budget=50,recent=8,segments=text,every=30,history={history}"), SHAPE);
+        let mut instance = made(&format!("budget=50,recent=8,segments=text,every=30,history={history}"), SHAPE);
         let mut current = [sequence(120).image(20, 15)];
         for round in 0..4 {
-            let answer = instance.plan(&mut current, round > 0).remove(0);
+            let answer = instance
+                .prepare(&current, if round == 0 { Event::PrefillDone } else { Event::Grown })
+                .unwrap()
+                .remove(0);
             for (plan, layer) in answer.select().iter().zip(&current[0].layers) {
                 assert_eq!(plan.count, 50 + 15);
                 for (head, kept) in plan.rows.iter().enumerate() {
@@ -154,37 +159,38 @@ fn images_stay_whole_through_many_compressions_of_text() {
 
 #[test]
 fn text_stays_whole_when_images_are_compressed() {
-    let mut instance = Instance::new("keep=0.5,segments=image,history=stride", SHAPE);
-    let answer = instance.plan_one(sequence(100).image(10, 40));
+    let mut instance = made("keep=0.5,segments=image,history=stride", SHAPE);
+    let answer = instance.plan_one(&sequence(100).image(10, 40)).unwrap();
     // The image's rows are far from sinks and recent ones: every second is kept.
     let expected: Vec<u32> = (0..10).chain((0..20).map(|place| 10 + 2 * place + 1)).chain(50..100).collect();
     assert_eq!(answer.select()[0].rows[0], expected);
-    let bound = instance.bound(&sequence(100));
+    let bound = instance.bound(&sequence(100)).unwrap();
     assert_eq!(bound, Bounded::Keep(KVH_REASON_NO_GAIN), "no image, nothing to drop");
 }
 
 #[test]
 fn rows_that_another_dropped_are_noticed() {
-    let mut instance = Instance::new("budget=5,segments=text", SHAPE);
+    let mut instance = made("budget=5,segments=text", SHAPE);
     let mut lost = sequence(30).image(0, 20);
     lost.next_position = 60;
     // 30 rows are left of 60 tokens, and every second position: not all 20 of the image's.
     for layer in &mut lost.layers {
         let positions = vec![(0..30).map(|row| 2 * row).collect(); SHAPE.kv_heads];
-        *layer = Layer::new(layer.keys.clone(), Dtype::F32, Placement::HeadMajor).with_positions(positions);
+        *layer = of_keys(layer.keys.clone(), Form::HeadMajor).with_positions(positions);
     }
-    let answer = instance.plan_one(lost);
+    let answer = instance.plan_one(&lost).unwrap();
     let Answer::Keep { reason: KVH_REASON_OTHER, message } = answer else { panic!("{answer:?}") };
     assert!(message.contains("segments=text"), "{message}");
 }
 
 #[test]
 fn a_fraction_does_not_shrink_with_every_compression() {
-    let mut instance = Instance::new("keep=0.25,every=40", SHAPE);
+    let mut instance = made("keep=0.25,every=40", SHAPE);
     let mut current = sequence(200);
     for round in 0..5u64 {
-        let mut one = [current];
-        let answer = instance.plan(&mut one, round > 0).remove(0);
+        let one = [current];
+        let answer =
+            instance.prepare(&one, if round == 0 { Event::PrefillDone } else { Event::Grown }).unwrap().remove(0);
         assert_eq!(answer.select()[0].count as u64, (200 + 40 * round) / 4);
         current = commit(&one[0], &answer, 40);
     }
@@ -193,52 +199,54 @@ fn a_fraction_does_not_shrink_with_every_compression() {
 #[test]
 fn layers_may_have_fractions_of_their_own() {
     let config = r#"{"keep": 0.5, "layers": {"0": 1.0, "2-": 0.25}}"#;
-    let mut instance = Instance::new(config, SHAPE);
-    assert_eq!(instance.needs().must, KVH_CAN_LAYER_COUNTS);
-    assert_eq!(instance.bound(&sequence(100)), Bounded::Rows(vec![100, 50, 25]));
-    let answer = instance.plan_one(sequence(100));
+    let mut instance = made(config, SHAPE);
+    assert_eq!(instance.needs().unwrap().must, KVH_CAN_LAYER_COUNTS);
+    assert_eq!(instance.bound(&sequence(100)).unwrap(), Bounded::Rows(vec![100, 50, 25]));
+    let answer = instance.plan_one(&sequence(100)).unwrap();
     assert_eq!(answer.select()[0].rows[1], (0..100).collect::<Vec<_>>());
-    let offer = || Offer { can: CAN_ALL & !KVH_CAN_LAYER_COUNTS, block_size: 0 };
-    let (status, message) = Instance::create(config, SHAPE, offer()).err().unwrap();
+    let any = Engine::new(SHAPE);
+    let equal = Engine { can: any.can & !KVH_CAN_LAYER_COUNTS, ..any };
+    let (status, message) = create(config, &equal).err().unwrap();
     assert_eq!(status, KVH_ERR_UNSUPPORTED);
     assert!(message.contains("`layers`") && message.contains("layer_counts"), "{message}");
     let same = r#"layers={"0-2": 0.25}"#;
-    let mut instance = Instance::create(same, SHAPE, offer()).ok().unwrap();
-    assert_eq!(instance.needs().must, 0, "one fraction for all needs nothing");
-    assert_eq!(instance.bound(&sequence(100)), Bounded::Rows(vec![25; 3]));
+    let mut instance = create(same, &equal).ok().unwrap();
+    assert_eq!(instance.needs().unwrap().must, 0, "one fraction for all needs nothing");
+    assert_eq!(instance.bound(&sequence(100)).unwrap(), Bounded::Rows(vec![25; 3]));
 }
 
 #[test]
 fn needs_follow_the_config() {
-    let needs = |config: &str| Instance::new(config, SHAPE).needs();
-    let nothing = Needs { must: 0, phases: 0, window_queries: 0, grown_every: 0, min_tokens: 0, layer_mask: u64::MAX };
-    assert_eq!(needs("history=top"), nothing);
-    assert_eq!(needs("every=64"), Needs { must: KVH_CAN_GROWN, grown_every: 64, ..nothing });
+    let needs = |config: &str| made(config, SHAPE).needs().unwrap();
+    let nothing =
+        || Needs { must: 0, phases: 0, window_queries: 0, grown_every: 0, min_tokens: 0, layer_mask: vec![u64::MAX] };
+    assert_eq!(needs("history=top"), nothing());
+    assert_eq!(needs("every=64"), Needs { must: KVH_CAN_GROWN, grown_every: 64, ..nothing() });
     let attention = Needs {
         must: KVH_CAN_QUERIES | KVH_CAN_STATE,
         phases: KVH_PHASE_PREFILL,
         window_queries: 64,
-        layer_mask: 0b111,
-        ..nothing
+        layer_mask: vec![0b111],
+        ..nothing()
     };
     assert_eq!(needs("history=top,importance=attention"), attention);
     let long = needs("history=sample,importance=attention,window=32,every=64");
     assert_eq!(long.must, KVH_CAN_QUERIES | KVH_CAN_STATE | KVH_CAN_GROWN);
     assert_eq!((long.phases, long.window_queries), (KVH_PHASE_PREFILL | KVH_PHASE_DECODE, 32));
     let some = needs(r#"{"history": "top", "importance": "attention", "layers": {"1": 1.0}}"#);
-    assert_eq!(some.layer_mask, 0b101, "layers that are kept whole show no queries");
+    assert_eq!(some.layer_mask, [0b101], "layers that are kept whole show no queries");
 }
 
 #[test]
 fn refused_memory_keeps_the_sequence() {
     for config in ["history=stride", "history=top"] {
-        let mut instance = Instance::new(config, SHAPE);
-        instance.refuse_memory(true);
-        let answer = instance.plan_one(sequence(100));
+        let mut instance = made(config, SHAPE);
+        instance.host().refuse_memory(true);
+        let answer = instance.plan_one(&sequence(100)).unwrap();
         let Answer::Keep { message, .. } = &answer else { panic!("{answer:?}") };
         assert!(message.contains("memory"), "{message}");
-        instance.refuse_memory(false);
-        assert_eq!(instance.plan_one(sequence(100)).select().len(), 3, "the next call works");
+        instance.host().refuse_memory(false);
+        assert_eq!(instance.plan_one(&sequence(100)).unwrap().select().len(), 3, "the next call works");
     }
 }
 
@@ -266,8 +274,7 @@ fn configs_that_say_nothing_useful_are_refused_with_the_reason() {
         (r#"layers={"2-1": 0.5}"#, ["`layers`", "ranges like"]),
         ("segments=sound", ["`segments`", "text, image, both"]),
     ] {
-        let offer = Offer { can: CAN_ALL, block_size: BLOCK as u32 };
-        let Err((status, message)) = Instance::create(config, SHAPE, offer) else { panic!("{config} is taken") };
+        let Err((status, message)) = create(config, &Engine::new(SHAPE)) else { panic!("{config} is taken") };
         assert_eq!(status, KVH_ERR_CONFIG, "{config}: {message}");
         assert!(parts.iter().all(|part| message.contains(part)), "{config}: {message}");
     }
@@ -278,8 +285,8 @@ const FP8: KvhDtype = KvhDtype { code: 10, bits: 8, lanes: 1 };
 
 #[test]
 fn values_that_cannot_be_read_are_refused_where_scores_need_them() {
-    let create =
-        |config: &str| Instance::create_for(config, SHAPE, Offer { can: CAN_ALL, block_size: BLOCK as u32 }, FP8);
+    let engine = Engine { cache_dtype: FP8, ..Engine::new(SHAPE) };
+    let create = |config: &str| create(config, &engine);
     for config in ["keep=0.5", "history=stride", "history=sample,importance=uniform", "align=block"] {
         if let Err((status, message)) = create(config) {
             panic!("{config}: {status} {message}");

@@ -5,6 +5,7 @@ use std::ptr::{null, null_mut};
 use kvhook_abi::raw::*;
 use kvhook_host::c_api::*;
 use kvhook_host::raw::*;
+pub use kvhook_testing::{array, array_mut};
 
 use crate::error::{Error, Result};
 
@@ -41,41 +42,19 @@ impl Shape {
         2 * self.layers * self.tensor_bytes()
     }
 
+    /// The model's shape; each KV head has one query head.
+    fn heads(&self) -> kvhook_testing::Shape {
+        kvhook_testing::Shape::new(self.layers, self.kv_heads, self.kv_heads, self.head_dim)
+    }
+
     /// The layers as a plugin is told of them.
     pub fn layer_infos(&self) -> Vec<KvhLayerInfo> {
-        let info = || KvhLayerInfo {
-            struct_size: size_of::<KvhLayerInfo>(),
-            kind: KVH_LAYER_FULL,
-            flags: 0,
-            window: 0,
-            shared_with: -1,
-            kv_heads: self.kv_heads as u32,
-            q_heads: self.kv_heads as u32,
-            k_head_dim: self.head_dim as u32,
-            v_head_dim: self.head_dim as u32,
-        };
-        (0..self.layers).map(|_| info()).collect()
+        self.heads().layer_infos()
     }
 
     /// The model as a plugin is told of it, over [`Shape::layer_infos`].
     pub fn model(&self, layers: &[KvhLayerInfo]) -> KvhModel {
-        KvhModel {
-            struct_size: size_of::<KvhModel>(),
-            name: KvhStr::new(self.name),
-            rank: 0,
-            ranks: 1,
-            total_kv_heads: self.kv_heads as u32,
-            first_kv_head: 0,
-            device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
-            cache_dtype: F16,
-            position_axes: 1,
-            max_positions: 1 << 20,
-            rope_base: 1e4,
-            rope_frequencies: null(),
-            rotary_dim: self.head_dim as u32,
-            rope_pairing: KVH_ROPE_HALF_SPLIT,
-            layers: array(layers),
-        }
+        self.heads().model(F16, array(layers))
     }
 
     /// What such an engine offers.
@@ -91,15 +70,6 @@ impl Shape {
 
 const F16: KvhDtype = KvhDtype { code: KVH_DTYPE_FLOAT, bits: 16, lanes: 1 };
 const U32: KvhDtype = KvhDtype { code: KVH_DTYPE_UINT, bits: 32, lanes: 1 };
-
-/// An array over elements, for one call.
-pub fn array<T>(elements: &[T]) -> KvhArray {
-    KvhArray { data: elements.as_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
-}
-
-fn array_mut<T>(elements: &mut [T]) -> KvhArrayMut {
-    KvhArrayMut { data: elements.as_mut_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
-}
 
 /// Calls a function of the C API, or of a plugin, with room for its message.
 ///

@@ -85,6 +85,14 @@ kvhook_abi::words! {
         NotLent = "not-lent",
         /// The next position moves though that was not needed.
         Moved = "moved",
+        /// A key in the cache is written.
+        WriteCache = "write-cache",
+        /// An index is written behind the memory that was asked for.
+        WriteMemory = "write-memory",
+        /// Bytes are written behind the struct that the plugin knows, where the host's is larger.
+        WriteTail = "write-tail",
+        /// The host's `struct_size` is changed.
+        StructSize = "struct-size",
     }
 }
 

@@ -32,14 +32,21 @@ pub(crate) unsafe fn carry_out(out: *mut KvhPrepareOut) {
         let plan = unsafe { &mut *element::<KvhPlan>(plans, index) };
         match damage {
             Damage::UnknownKind => plan.kind = 77,
+            Damage::StructSize => plan.struct_size = 8,
             Damage::Moved => {
                 plan.flags |= KVH_PLAN_FLAG_MOVED_POSITIONS;
                 plan.next_position = 1;
             }
             _ => {
                 for layer in (0..plan.layers.count).filter(|layer| only.is_none_or(|only| u64::from(only) == *layer)) {
-                    // SAFETY: as above.
-                    unsafe { damage_layer(damage, &mut *element::<KvhLayerPlan>(plan.layers, layer)) };
+                    let element = element::<KvhLayerPlan>;
+                    // SAFETY: as above; with `write-tail` the host's elements are larger.
+                    unsafe {
+                        damage_layer(damage, &mut *element(plan.layers, layer));
+                        if damage == Damage::WriteTail {
+                            element(plan.layers, layer).add(1).cast::<u8>().write(1);
+                        }
+                    }
                 }
             }
         }
@@ -99,8 +106,11 @@ unsafe fn damage_layer(damage: Damage, plan: &mut KvhLayerPlan) {
             }
         }
         Damage::Sum => ranges.last_mut().into_iter().for_each(|last| last.length -= 1),
+        // SAFETY: none; to write behind the indices is the damage.
+        Damage::WriteMemory => unsafe { plan.indices.cast_mut().add(count).write(0) },
         Damage::Position => positions.last_mut().into_iter().for_each(|last| *last += 1 << 20),
         Damage::None | Damage::UnknownKind | Damage::NotLent | Damage::Moved => {}
+        Damage::WriteCache | Damage::WriteTail | Damage::StructSize => {}
     }
 }
 

@@ -146,6 +146,11 @@ impl Faulty {
         for index in 0..sequence.layer_count() {
             let layer = sequence.layer(index)?;
             let count = self.planned(&layer, index);
+            if self.config.damage == Damage::WriteCache {
+                let key = layer.k()?.row_ptr(0, 0).map_err(|error| PluginError::Internal(error.to_string()))?;
+                // SAFETY: the row exists. A plugin must not write it: that is the damage.
+                unsafe { key.write(!key.read()) };
+            }
             match self.config.plan {
                 PlanKind::Ranges => {
                     let (first, length) = (count.div_ceil(2) as u64, layer.length() as u64);

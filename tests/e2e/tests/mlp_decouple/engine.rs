@@ -10,29 +10,11 @@ use kvhook_abi::raw::*;
 use kvhook_e2e::plugins::built;
 use kvhook_host::c_api::*;
 use kvhook_host::raw::*;
+pub use kvhook_testing::Dtype;
+use kvhook_testing::cache::{dtype_of, encode};
+use kvhook_testing::{array, array_mut};
 
 use super::weights::Random;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl Dtype {
-    fn raw(self) -> KvhDtype {
-        match self {
-            Self::F32 => KvhDtype { code: KVH_DTYPE_FLOAT, bits: 32, lanes: 1 },
-            Self::F16 => KvhDtype { code: KVH_DTYPE_FLOAT, bits: 16, lanes: 1 },
-            Self::Bf16 => KvhDtype { code: KVH_DTYPE_BFLOAT, bits: 16, lanes: 1 },
-        }
-    }
-
-    pub fn size(self) -> usize {
-        if self == Self::F32 { 4 } else { 2 }
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -127,13 +109,9 @@ impl Cache {
     fn set(&mut self, tensor: usize, head: usize, token: usize, values: &[f32]) {
         let mut at = self.at(tensor, head, token);
         for value in values {
-            let bytes: Vec<u8> = match self.shape.dtype {
-                Dtype::F32 => value.to_le_bytes().into(),
-                Dtype::F16 => f16::from_f32(*value).to_le_bytes().into(),
-                Dtype::Bf16 => bf16::from_f32(*value).to_le_bytes().into(),
-            };
-            self.bytes[at..at + bytes.len()].copy_from_slice(&bytes);
-            at += bytes.len();
+            let size = self.shape.dtype.size();
+            encode(self.shape.dtype, *value, &mut self.bytes[at..at + size]);
+            at += size;
         }
     }
 
@@ -160,7 +138,7 @@ impl Cache {
             stride_head: (row * if block_size == 0 { capacity } else { block_size }) as i64,
             stride_element: dtype.size() as i64,
             head_dim: dim as u32,
-            dtype: dtype.raw(),
+            dtype: dtype_of(dtype),
         };
         let layer = |(layer, &length): (usize, &u64)| KvhLayer {
             struct_size: size_of::<KvhLayer>(),
@@ -185,14 +163,6 @@ impl Cache {
         };
         lengths.iter().enumerate().map(layer).collect()
     }
-}
-
-fn array<T>(elements: &[T]) -> KvhArray {
-    KvhArray { data: elements.as_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
-}
-
-fn array_mut<T>(elements: &mut [T]) -> KvhArrayMut {
-    KvhArrayMut { data: elements.as_mut_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
 }
 
 fn call(body: impl FnOnce(*mut KvhText) -> i32) -> Result<(), String> {
@@ -227,35 +197,14 @@ impl Engine {
             allocate: Some(allocate),
             free: Some(free),
         };
-        let info = || KvhLayerInfo {
-            struct_size: size_of::<KvhLayerInfo>(),
-            kind: KVH_LAYER_FULL,
-            flags: 0,
-            window: 0,
-            shared_with: -1,
-            kv_heads: shape.rank_heads() as u32,
-            // Grouped-query attention: the plugin must not care.
-            q_heads: 3 * shape.rank_heads() as u32,
-            k_head_dim: shape.dim as u32,
-            v_head_dim: shape.dim as u32,
-        };
-        let infos: Vec<_> = (0..shape.layers).map(|_| info()).collect();
+        // Grouped-query attention: the plugin must not care.
+        let heads = kvhook_testing::Shape::new(shape.layers, shape.rank_heads(), 3 * shape.rank_heads(), shape.dim);
+        let infos = heads.layer_infos();
         let model = |rank: usize| KvhModel {
-            struct_size: size_of::<KvhModel>(),
-            name: KvhStr::new("toy"),
             rank: rank as u32,
             ranks: shape.ranks as u32,
-            total_kv_heads: shape.heads as u32,
-            first_kv_head: (rank * shape.rank_heads()) as u32,
-            device: KvhDevice { device_type: KVH_DEVICE_CPU, device_id: 0 },
-            cache_dtype: shape.dtype.raw(),
-            position_axes: 1,
-            max_positions: 1 << 20,
-            rope_base: 1e4,
-            rope_frequencies: null(),
-            rotary_dim: shape.dim as u32,
             rope_pairing: shape.pairing,
-            layers: array(&infos),
+            ..heads.part(rank * shape.rank_heads(), shape.heads).model(dtype_of(shape.dtype), array(&infos))
         };
         let models: Vec<_> = (0..shape.ranks).map(model).collect();
         let offers = KvhOffers {
