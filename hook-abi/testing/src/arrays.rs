@@ -14,7 +14,7 @@ pub fn array<T>(elements: &[T]) -> KvhArray {
     KvhArray { data: elements.as_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
 }
 
-/// As [`array`], to be filled.
+/// As [`array()`], to be filled.
 pub fn array_mut<T>(elements: &mut [T]) -> KvhArrayMut {
     KvhArrayMut { data: elements.as_mut_ptr().cast(), count: elements.len() as u64, stride: size_of::<T>() as u64 }
 }
