@@ -124,33 +124,11 @@ impl Device {
     /// [`CudaError::NoDriver`], [`CudaError::NoDevice`], [`CudaError::ComputeCapability`] below 8.0,
     /// [`CudaError::ForeignContext`] for a context that is not the primary one, [`CudaError::Driver`].
     pub fn adopt(ordinal: i32, context: *mut c_void) -> Result<Self, CudaError> {
-        // SAFETY: it only tries to open the driver's library.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoDriver);
-        }
-        let count = match result::init() {
-            // So says a driver without devices.
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
-            Err(error) => return Err(CudaError::driver("initialising the driver")(error)),
-            Ok(()) => result::device::get_count().map_err(CudaError::driver("counting devices"))?,
-        };
-        if ordinal < 0 || ordinal >= count {
-            return Err(CudaError::NoDevice { ordinal, count });
-        }
-        let device = result::device::get(ordinal).map_err(CudaError::driver("finding the device"))?;
-        let attribute = |attribute| {
-            // SAFETY: the device is one of the driver's.
-            unsafe { result::device::get_attribute(device, attribute) }
-                .map_err(CudaError::driver("reading an attribute of the device"))
-        };
-        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        if major < 8 {
-            return Err(CudaError::ComputeCapability { ordinal, major, minor });
-        }
+        let (device, compute_capability) = find(ordinal)?;
+        let attribute = |attribute| attribute_of(device, attribute);
         let shared = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        // SAFETY: as above; it is released when this is dropped.
+        // SAFETY: the device is one of the driver's; its context is released when this is dropped.
         let primary = unsafe { result::primary_ctx::retain(device) }
             .map_err(CudaError::driver("retaining the primary context"))?;
         let mut adopted = Self {
@@ -159,10 +137,10 @@ impl Device {
             modules: Vec::new(),
             kept: Vec::new(),
             functions: HashMap::new(),
-            compute_capability: (major, minor),
+            compute_capability,
             shared_per_block: shared as u32,
             multiprocessors: multiprocessors as u32,
-            wide_products: (major, minor) == (9, 0),
+            wide_products: compute_capability == (9, 0),
         };
         if !context.is_null() && context != primary.cast() {
             return Err(CudaError::ForeignContext { ordinal });
@@ -315,6 +293,39 @@ impl Device {
         // SAFETY: passed on from the caller.
         CudaError::check("filling memory", unsafe { sys::cuMemsetD32Async(address, value, count, stream.raw()) })
     }
+}
+
+/// Finds a device on which kernels of compute capability 8.0 run: the driver's handle, and the device's capability.
+///
+/// # Errors
+/// [`CudaError::NoDriver`], [`CudaError::NoDevice`], [`CudaError::ComputeCapability`], [`CudaError::Driver`].
+pub fn find(ordinal: i32) -> Result<(sys::CUdevice, (i32, i32)), CudaError> {
+    // SAFETY: it only tries to open the driver's library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(CudaError::NoDriver);
+    }
+    let count = match result::init() {
+        // So says a driver without devices.
+        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+        Err(error) => return Err(CudaError::driver("initialising the driver")(error)),
+        Ok(()) => result::device::get_count().map_err(CudaError::driver("counting devices"))?,
+    };
+    if ordinal < 0 || ordinal >= count {
+        return Err(CudaError::NoDevice { ordinal, count });
+    }
+    let device = result::device::get(ordinal).map_err(CudaError::driver("finding the device"))?;
+    let major = attribute_of(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute_of(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    if major < 8 {
+        return Err(CudaError::ComputeCapability { ordinal, major, minor });
+    }
+    Ok((device, (major, minor)))
+}
+
+fn attribute_of(device: sys::CUdevice, attribute: sys::CUdevice_attribute) -> Result<i32, CudaError> {
+    // SAFETY: the device is one of the driver's.
+    unsafe { result::device::get_attribute(device, attribute) }
+        .map_err(CudaError::driver("reading an attribute of the device"))
 }
 
 impl Drop for Device {

@@ -11,10 +11,12 @@ use crate::error::KernelError;
 #[non_exhaustive]
 pub enum CudaError {
     /// The driver's library is not on this machine.
-    #[error("libcuda is not found: install the NVIDIA driver, or use the CPU")]
+    #[error("libcuda is not found: install the NVIDIA driver (580 or later), or use the CPU")]
     NoDriver,
     /// The driver has no such device.
-    #[error("CUDA device {ordinal} is asked for, but the driver has {count}")]
+    #[error(
+        "CUDA device {ordinal} is asked for, but the driver has {count} devices, counted from 0: name another one, or use the CPU"
+    )]
     NoDevice {
         /// Device asked for.
         ordinal: i32,
@@ -28,7 +30,7 @@ pub enum CudaError {
         ordinal: i32,
     },
     /// The device runs none of the kernels' code.
-    #[error("device {ordinal} has compute capability {major}.{minor}, expected 8.0 or later")]
+    #[error("device {ordinal} has compute capability {major}.{minor}, expected 8.0 or later: use the CPU")]
     ComputeCapability {
         /// The device.
         ordinal: i32,

@@ -115,7 +115,7 @@ pub struct Spaced {
 /// # Errors
 /// [`CudaError::TooShort`] for `out`; [`CudaError::TooLarge`] for more rows than there are; [`CudaError::Driver`].
 pub fn spaced(device: &Device, stream: Stream, items: &[Spaced]) -> Result<(), CudaError> {
-    let encoded = items.iter().map(|item| {
+    let encoded = try_map(items, |item| {
         let count = item.sinks.saturating_add(item.chosen).saturating_add(item.recent);
         if count > item.length || item.length > u32::MAX as usize {
             let most = item.length.min(u32::MAX as usize);
@@ -130,8 +130,7 @@ pub fn spaced(device: &Device, stream: Stream, items: &[Spaced]) -> Result<(), C
             first_tile: 0,
             unused: 0,
         })
-    });
-    let encoded = encoded.collect::<Result<Vec<_>, _>>()?;
+    })?;
     let encode = |item: &SpacedItem, _: &mut _, place: Place| {
         let tiles = (item.sinks + item.chosen + item.recent).div_ceil(TILE);
         Some((SpacedItem { first_tile: place.first_tile, ..*item }, tiles))
@@ -159,14 +158,13 @@ pub struct Progression {
 /// # Errors
 /// [`CudaError::TooLarge`] for a last number above `u32::MAX`; [`CudaError::Driver`].
 pub fn progressions(device: &Device, stream: Stream, items: &[Progression]) -> Result<(), CudaError> {
-    let encoded = items.iter().map(|&Progression { first, step, out }| {
+    let encoded = try_map(items, |&Progression { first, step, out }| {
         let last = (out.len().saturating_sub(1)).saturating_mul(step as usize).saturating_add(first as usize);
         if last > u32::MAX as usize || out.len() > u32::MAX as usize {
             return Err(CudaError::TooLarge { what: "the last number", found: last, most: u32::MAX as usize });
         }
         Ok(ProgressionItem { out: out.address(), first, step, count: out.len() as u32, first_tile: 0 })
-    });
-    let encoded = encoded.collect::<Result<Vec<_>, _>>()?;
+    })?;
     let encode = |item: &ProgressionItem, _: &mut _, place: Place| {
         Some((ProgressionItem { first_tile: place.first_tile, ..*item }, item.count.div_ceil(TILE)))
     };

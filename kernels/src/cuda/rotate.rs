@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 use std::ops::Range;
 
-use super::batch::{Batch, Layouts, Place};
+use super::batch::{Batch, Layouts, Place, try_map};
 use super::check::Indices;
 use super::device::{Device, Family, Grid, Image, Kernel, Stream};
 use super::error::CudaError;
@@ -70,7 +70,7 @@ pub fn rotate(device: &Device, stream: Stream, items: &[Rotate], rotary: &Rotary
         // 2^64 steps are a turn.
         *turns = ((frequency / TAU).rem_euclid(1.0) * 2.0f64.powi(64)) as u64;
     }
-    let tasks = items.iter().map(|item| Task::new(item, rotary)).collect::<Result<Vec<_>, _>>()?;
+    let tasks = try_map(items, |item| Task::new(item, rotary))?;
     let _entered = device.enter()?;
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         for in_words in [false, true] {

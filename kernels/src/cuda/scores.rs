@@ -1,6 +1,6 @@
 //! What comes between scores and a selection: weights of a draw, and the refusal of scores that have no order.
 
-use super::batch::{Batch, Place};
+use super::batch::{Batch, Place, try_map};
 use super::device::{Device, Family, Grid, Image, Kernel, Stream};
 use super::error::CudaError;
 use super::memory::DeviceSlice;
@@ -37,17 +37,17 @@ pub struct Scores {
 /// # Errors
 /// `scores` that do not divide into `heads` rows; [`CudaError::Driver`].
 pub fn weigh(device: &Device, stream: Stream, items: &[Scores], weight: Weight) -> Result<(), CudaError> {
-    let items = items.iter().map(|item| {
+    let items = try_map(items, |item| {
         let length = length_of(item)?;
         let selection = Item { scores: item.scores.address(), length: length as u32, ..Item::default() };
-        Ok((selection, item.heads, length))
-    });
+        Ok::<_, CudaError>((selection, item.heads, length))
+    })?;
     let kind = match weight {
         Weight::OfNorm => 0,
         Weight::OfDirection => 1,
         Weight::One => 2,
     };
-    launch(device, stream, "weigh_f32", kind, items.collect::<Result<Vec<_>, CudaError>>()?)
+    launch(device, stream, "weigh_f32", kind, items)
 }
 
 /// A selection by scores, which has been enqueued.
@@ -69,7 +69,7 @@ pub struct Selection {
 /// # Errors
 /// `scores` or `kept` that do not divide into `heads` rows; [`CudaError::Driver`].
 pub fn refuse(device: &Device, stream: Stream, items: &[Selection], weights: bool) -> Result<(), CudaError> {
-    let items = items.iter().map(|item| {
+    let items = try_map(items, |item| {
         let length = length_of(&item.scores)?;
         let keep = item.kept.len() / item.scores.heads.max(1);
         check_len("kept tokens", item.kept.len(), keep * item.scores.heads)?;
@@ -83,9 +83,9 @@ pub fn refuse(device: &Device, stream: Stream, items: &[Selection], weights: boo
             open: open as u32,
             ..Item::default()
         };
-        Ok((selection, item.scores.heads, open))
-    });
-    launch(device, stream, "refuse_f32", weights.into(), items.collect::<Result<Vec<_>, CudaError>>()?)
+        Ok::<_, CudaError>((selection, item.scores.heads, open))
+    })?;
+    launch(device, stream, "refuse_f32", weights.into(), items)
 }
 
 /// Tokens of a head.

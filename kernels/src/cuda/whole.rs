@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::batch::{Batch, Place};
+use super::batch::{Batch, Place, try_map};
 use super::check::Indices;
 use super::device::{Device, Family, Grid, Image, Kernel, Stream};
 use super::error::CudaError;
@@ -41,7 +41,7 @@ pub struct Merge<'a> {
 /// [`CudaError::TooLarge`] for stretches, rows and heads that are too many, or more chosen rows than may be dropped;
 /// [`CudaError::TooShort`] for lists; [`CudaError::Driver`].
 pub fn merge_whole(device: &Device, stream: Stream, merges: &[Merge<'_>]) -> Result<(), CudaError> {
-    let items = merges.iter().map(Item::new).collect::<Result<Vec<_>, _>>()?;
+    let items = try_map(merges, Item::new)?;
     let _entered = device.enter()?;
     let mut rest = merges.iter().zip(items).peekable();
     while rest.peek().is_some() {

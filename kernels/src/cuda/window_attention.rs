@@ -1,6 +1,6 @@
 //! SnapKV's score: the importance `attention`.
 
-use super::batch::{Batch, Layouts, Place};
+use super::batch::{Batch, Layouts, Place, try_map};
 use super::device::{Device, Family, Grid, Image, Kernel, Stream};
 use super::error::CudaError;
 use super::memory::{DeviceSlice, SCRATCH_ALIGNMENT};
@@ -138,7 +138,7 @@ pub fn window_attention(
     if kernel.is_multiple_of(2) || kernel > MOST_TOKENS {
         return Err(KernelError::PoolingKernel { kernel }.into());
     }
-    let mut tasks = items.iter().map(Task::new).collect::<Result<Vec<_>, _>>()?;
+    let mut tasks = try_map(items, Task::new)?;
     let mut working = scratch.scratch(tasks.iter().map(Task::scratch_bytes).sum())?;
     for task in &mut tasks {
         task.path.wide = device.has_wide_products() && task.fills_wide_products();

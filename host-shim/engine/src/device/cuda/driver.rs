@@ -8,6 +8,7 @@ use std::ptr;
 use std::sync::Mutex;
 
 use cudarc::driver::{DriverError, result, sys};
+use kvhook_kernels::cuda::device;
 
 use super::failed;
 use super::kernels::FAMILIES;
@@ -57,31 +58,9 @@ impl Driver {
     /// # Errors
     /// [`Error::Device`].
     pub(super) fn open(ordinal: i32) -> Result<Self> {
-        // SAFETY: it only tries to open the driver's library.
-        if !unsafe { sys::is_culib_present() } {
-            let reason = "libcuda is not found; install the NVIDIA driver (580 or later), or use the CPU";
-            return Err(failed(ordinal, reason.into()));
-        }
+        let (device, _) = device::find(ordinal).map_err(|error| failed(ordinal, error.to_string()))?;
         let told = |what| told(ordinal, what);
-        let count = match result::init() {
-            // So says a driver without devices.
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
-            Err(error) => return Err(told("initialising the driver")(error)),
-            Ok(()) => result::device::get_count().map_err(told("counting devices"))?,
-        };
-        if ordinal >= count {
-            let reason = format!("the driver has {count} devices, counted from 0; name another one, or use the CPU");
-            return Err(failed(ordinal, reason));
-        }
-        let device = result::device::get(ordinal).map_err(told("finding the device"))?;
-        let capability = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-        // SAFETY: the device is one of the driver's.
-        let major = unsafe { result::device::get_attribute(device, capability) }.map_err(told("asking the device"))?;
-        if major < 8 {
-            let reason = format!("its compute capability is {major}.x, expected 8.0 or later; use the CPU");
-            return Err(failed(ordinal, reason));
-        }
-        // SAFETY: as above; it is released on drop.
+        // SAFETY: the device is one of the driver's; it is released on drop.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(told("retaining the primary context"))?;
         let mut driver = Self {
             ordinal,
