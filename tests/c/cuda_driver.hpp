@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <dlfcn.h>
+#include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -18,12 +20,15 @@ using Pointer = std::uint64_t;
 using Context = void *;
 using Stream = void *;
 
+// The driver as it is used for one device.
 class Driver {
 public:
-    // Null where there is no driver or no device.
-    static const Driver *open() {
-        static Driver driver;
-        return driver.usable_ ? &driver : nullptr;
+    // Null where there is no driver or no such device.
+    static const Driver *open(int device) {
+        static std::map<int, std::unique_ptr<const Driver>> drivers;
+        std::unique_ptr<const Driver> &driver = drivers[device];
+        if (driver == nullptr) driver.reset(new Driver(device));
+        return driver->usable_ ? driver.get() : nullptr;
     }
 
     Pointer allocate(std::size_t bytes, Stream stream) const {
@@ -34,7 +39,9 @@ public:
     // In the stream's order. `from` may be used again at once: pageable memory is copied before the call returns.
     void upload(Pointer to, const void *from, std::size_t bytes, Stream stream) const { check(to_device_(to, from, bytes, stream), "cuMemcpyHtoDAsync"); }
     void download(void *to, Pointer from, std::size_t bytes) const { check(to_host_(to, from, bytes), "cuMemcpyDtoH"); }
+    // The device's context stays current on this thread. All other calls go by the stream or the address.
     Stream stream() const {
+        check(set_current_(context_), "cuCtxSetCurrent");
         Stream stream = nullptr;
         check(stream_create_(&stream, 1), "cuStreamCreate");
         return stream;
@@ -48,11 +55,9 @@ public:
         };
         check(launch_host_(stream, wait, const_cast<std::atomic<bool> *>(&opened)), "cuLaunchHostFunc");
     }
-    // Makes the primary context current on this thread.
-    void enter() const { check(set_current_(context_), "cuCtxSetCurrent"); }
 
 private:
-    Driver() {
+    explicit Driver(int ordinal) {
         void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) return;
         find(library, "cuInit", init_);
@@ -67,9 +72,8 @@ private:
         find(library, "cuStreamSynchronize", stream_synchronize_);
         find(library, "cuLaunchHostFunc", launch_host_);
         int device = 0;
-        if (init_(0) != 0 || device_get_(&device, 0) != 0) return;
+        if (init_(0) != 0 || device_get_(&device, ordinal) != 0) return;
         check(retain_(&context_, device), "cuDevicePrimaryCtxRetain");
-        enter();
         usable_ = true;
     }
 

@@ -1,16 +1,16 @@
 // An engine with its cache on a CUDA device, with nothing but the driver API and kvhook.hpp. It compresses the same cache
 // twice, on the device and in ordinary memory, and compares what is left: every byte, every length, every position.
 //
-//   cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--rounds N]
-//               [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE] [--room QUERIES]
-//               [--blocked 0|1] [--copies FOLDER]
+//   cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--devices N]
+//               [--rounds N] [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE]
+//               [--room QUERIES] [--blocked 0|1] [--copies FOLDER]
 //
-// PLUGIN is the path of a library. Each round compresses, with so many tokens appended between prepare and commit. With a
+// PLUGIN is the path of a library. Rank r has its cache on device r modulo the number of devices. Each round compresses, with so many tokens appended between prepare and commit. With a
 // bound, elements of rows may differ by that share of their row's largest. With ties, so many of a head's rows may be others
 // than in ordinary memory. With room, the host may hold no more memory than a plugin of so many queries may: those, 4 bytes
 // for each kept row and head, and 64 MiB. A prompt above 4,096 tokens fills the whole cache. With images, two stretches of the
 // prompt are images. With blocked, the stream waits during each prepare and commit, which must not.
-// Prints a line with OK, or "skipped" where there is no CUDA device; ends with 1 when anything is not as it should be.
+// Prints a line with OK, or "skipped" where there are not so many CUDA devices; ends with 1 when anything is not as it should be.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -39,7 +39,7 @@ struct Options {
     std::string plugin, config, copies;
     bool paged = false;
     KvhDtype dtype = kvhook::bf16;
-    std::size_t ranks = 1, rounds = 2, late = 3, prompt = 1200;
+    std::size_t ranks = 1, devices = 1, rounds = 2, late = 3, prompt = 1200;
     bool images = false, blocked = false;
     double bound = 0, ties = 0;
     // Queries of a window; negative: room is not looked at.
@@ -105,37 +105,36 @@ double decode(KvhDtype dtype, const unsigned char *from) {
     return value;
 }
 
-// Where a cache lies: ordinary memory, or the device, with guards around the cache.
-class Place final : public kvhook::Memory {
+// Where a rank's cache lies: ordinary memory, or a device, with guards around the cache.
+class Place {
 public:
-    explicit Place(const cuda::Driver *driver) : driver_(driver), stream_(driver == nullptr ? nullptr : driver->stream()) {}
+    // Without a driver, ordinary memory.
+    Place(const cuda::Driver *driver, std::int32_t device) : driver_(driver), stream_(driver == nullptr ? nullptr : driver->stream()), device_(device) {}
 
     bool on_device() const { return driver_ != nullptr; }
+    KvhDevice device() const { return {on_device() ? KVH_DEVICE_CUDA : KVH_DEVICE_CPU, device_}; }
     void *stream() const { return stream_; }
     void wait() const {
         if (on_device()) driver_->synchronize(stream_);
     }
 
-    void *allocate(std::uint32_t, std::uint64_t bytes, std::uint64_t alignment, void *stream) noexcept override {
+    // For the host. Null where there is no memory.
+    void *allocate(std::uint64_t bytes, std::uint64_t alignment, void *stream) const {
         if (!on_device()) {
             void *data = nullptr;
-            if (posix_memalign(&data, alignment < sizeof(void *) ? sizeof(void *) : alignment, bytes) == 0) hold(bytes);
-            return data;
+            return posix_memalign(&data, std::max<std::uint64_t>(alignment, sizeof(void *)), bytes) == 0 ? data : nullptr;
         }
         // The device's allocations are aligned to 256 bytes.
-        const cuda::Pointer data = alignment > 256 ? 0 : driver_->allocate(bytes, stream);
-        if (data != 0) hold(bytes);
-        return reinterpret_cast<void *>(data);
+        return reinterpret_cast<void *>(alignment > 256 ? 0 : driver_->allocate(bytes, stream));
     }
-    void free(std::uint32_t, void *data, std::uint64_t bytes, std::uint64_t, void *stream) noexcept override {
-        held -= bytes;
+    void free(void *data, void *stream) const {
         if (!on_device()) return std::free(data);
         driver_->free(reinterpret_cast<cuda::Pointer>(data), stream);
     }
 
     // What may not wait for the stream: it is called while the stream does.
     template <class Call>
-    auto while_blocked(bool blocked, const char *what, Call call) {
+    auto while_blocked(bool blocked, const char *what, Call call) const {
         if (!blocked || !on_device()) return call();
         std::atomic<bool> opened{false};
         driver_->block(stream_, opened);
@@ -150,7 +149,7 @@ public:
     }
 
     // Memory of the engine's own, filled; its guards are compared by `intact`.
-    unsigned char *own(const std::vector<unsigned char> &content) {
+    unsigned char *own(const std::vector<unsigned char> &content) const {
         if (!on_device()) {
             unsigned char *data = static_cast<unsigned char *>(std::malloc(content.size()));
             std::memcpy(data, content.data(), content.size());
@@ -186,33 +185,55 @@ public:
         return read(data - GUARD, GUARD) == guard && read(data + bytes, GUARD) == guard;
     }
 
+private:
+    const cuda::Driver *driver_;
+    void *stream_;
+    std::int32_t device_;
+};
+
+// The places of all ranks, and the host's memory there.
+class Places final : public kvhook::Memory {
+public:
+    explicit Places(std::vector<Place> places) : places_(std::move(places)) {}
+
+    const Place &of(std::size_t rank) const { return places_[rank % places_.size()]; }
+    bool on_device() const { return places_[0].on_device(); }
+    void wait() const {
+        for (const Place &place : places_) place.wait();
+    }
+
+    void *allocate(std::uint32_t rank, std::uint64_t bytes, std::uint64_t alignment, void *stream) noexcept override {
+        void *data = of(rank).allocate(bytes, alignment, stream);
+        if (data != nullptr) peak = std::max(peak, held += bytes);
+        return data;
+    }
+    void free(std::uint32_t rank, void *data, std::uint64_t bytes, std::uint64_t, void *stream) noexcept override {
+        held -= bytes;
+        of(rank).free(data, stream);
+    }
+
     // Bytes that the host holds, and the most that it held.
     std::uint64_t held = 0, peak = 0;
 
 private:
-    void hold(std::uint64_t bytes) {
-        held += bytes;
-        peak = std::max(peak, held);
-    }
-
-    const cuda::Driver *driver_;
-    void *stream_;
+    std::vector<Place> places_;
 };
 
 // One sequence of one engine.
 class Engine {
 public:
-    Engine(const Options &options, Place &place, Log &log) : options_(options), place_(place), host_(make_host(options, place, log)) {
+    Engine(const Options &options, Places &places, Log &log) : options_(options), places_(places), host_(make_host(options, places, log)) {
         const std::size_t bytes = options.capacity() * KV_HEADS * DIM * options.element();
         const std::int32_t blocks = static_cast<std::int32_t>(options.capacity() / BLOCK);
         // Twice the blocks that are needed, in a shuffled order.
         for (std::int32_t block = 0; block < blocks; ++block) table_.push_back((block * 37 + 11) % blocks * 2 + 1);
         const std::vector<unsigned char> empty(bytes * (options.paged ? 2 : 1), 0xee);
-        for (std::size_t tensor = 0; tensor < options.ranks * LAYERS * 2; ++tensor) rows_.push_back(place.own(empty));
+        for (std::size_t tensor = 0; tensor < options.ranks * LAYERS * 2; ++tensor) rows_.push_back(places.of(tensor / (LAYERS * 2)).own(empty));
         bytes_ = empty.size();
         std::vector<unsigned char> table(table_.size() * sizeof(std::int32_t));
         std::memcpy(table.data(), table_.data(), table.size());
-        table_on_device_ = place.own(table);
+        for (std::size_t rank = 0; rank < options.ranks; ++rank) tables_.push_back(places.of(rank).own(table));
+        queries_.resize(options.ranks);
         take(host_.set_arm("arm", options.plugin, options.config), "set_arm");
     }
 
@@ -226,16 +247,16 @@ public:
         kvhook::Sequence sequence = take(host_.begin(begin), "begin");
         append(sequence, options_.prompt, KVH_PHASE_PREFILL);
         for (std::size_t round = 0; round < options_.rounds; ++round) {
-            place_.peak = place_.held;
+            places_.peak = places_.held;
             compress(sequence, round == 0 ? KVHOOK_EVENT_PREFILL_DONE : KVHOOK_EVENT_GROWN);
             check_room();
             for (std::size_t i = 0; i < GROWTH; ++i) append(sequence, 1, KVH_PHASE_DECODE);
         }
         snapshot(sequence);
-        take(sequence.free(KVH_FREE_FINISHED, place_.stream()), "free");
-        place_.wait();
-        for (unsigned char *rows : rows_)
-            if (!place_.intact(rows, bytes_)) fail("something wrote outside the cache");
+        take(sequence.free(KVH_FREE_FINISHED, places_.of(0).stream()), "free");
+        places_.wait();
+        for (std::size_t tensor = 0; tensor < rows_.size(); ++tensor)
+            if (!places_.of(tensor / (LAYERS * 2)).intact(rows_[tensor], bytes_)) fail("something wrote outside the cache");
     }
 
     // What is left of a head of a tensor: the position of each row, and all rows.
@@ -248,7 +269,7 @@ public:
     std::vector<std::uint64_t> lengths;
 
 private:
-    static kvhook::Host make_host(const Options &options, Place &place, Log &log) {
+    static kvhook::Host make_host(const Options &options, Places &places, Log &log) {
         KvhLayerInfo info = kvhook::sized<KvhLayerInfo>();
         info.kind = KVH_LAYER_FULL;
         info.shared_with = -1;
@@ -261,7 +282,6 @@ private:
         model.name = kvhook::str("toy");
         model.ranks = static_cast<std::uint32_t>(options.ranks);
         model.total_kv_heads = model.ranks * KV_HEADS;
-        model.device = {place.on_device() ? KVH_DEVICE_CUDA : KVH_DEVICE_CPU, 0};
         model.cache_dtype = options.dtype;
         model.position_axes = 1;
         model.max_positions = 2 * options.capacity();
@@ -273,13 +293,14 @@ private:
         host.engine = "cuda test engine";
         for (; model.rank < model.ranks; ++model.rank) {
             model.first_kv_head = model.rank * KV_HEADS;
+            model.device = places.of(model.rank).device();
             host.models.push_back(model);
         }
         host.offers.can = KVH_CAN_QUERIES | KVH_CAN_STATE | KVH_CAN_GROWN | KVH_CAN_REWRITE;
         host.offers.max_window_queries = 64;
         host.offers.block_size = options.paged ? BLOCK : 0;
         host.callbacks = &log;
-        host.memory = &place;
+        host.memory = &places;
         host.plugin_folders = {options.plugin.substr(0, options.plugin.find_last_of('/'))};
         host.copy_folder = options.copies;
         return take(kvhook::Host::create(host), "create");
@@ -295,7 +316,7 @@ private:
             return kvhook::contiguous_layer(layer, KV_HEADS, length, kvhook::head_major(k, options_.dtype, options_.capacity(), DIM), kvhook::head_major(v, options_.dtype, options_.capacity(), DIM));
         KvhLayer out = kvhook::paged_layer(layer, KV_HEADS, length, kvhook::paged_token_major(k, options_.dtype, BLOCK, KV_HEADS, DIM),
                                            kvhook::paged_token_major(v, options_.dtype, BLOCK, KV_HEADS, DIM), BLOCK, table_);
-        out.table.data = table_on_device_;
+        out.table.data = tables_[rank];
         return out;
     }
 
@@ -326,7 +347,7 @@ private:
             const std::size_t row = DIM * options_.element();
             // A prompt's rows go there together.
             std::vector<unsigned char> all[2];
-            for (std::size_t part = 0; part < 2 && tokens > 1; ++part) all[part] = place_.read(rows(rank, layer, part), bytes_);
+            for (std::size_t part = 0; part < 2 && tokens > 1; ++part) all[part] = places_.of(rank).read(rows(rank, layer, part), bytes_);
             for (std::size_t token = 0; token < tokens; ++token) {
                 for (std::size_t head = 0; head < KV_HEADS; ++head) {
                     for (std::size_t part = 0; part < 2; ++part) {
@@ -337,23 +358,24 @@ private:
                         if (tokens > 1) {
                             std::memcpy(&all[part][at], bytes, row);
                         } else {
-                            place_.write(rows(rank, layer, part) + at, bytes, row);
+                            places_.of(rank).write(rows(rank, layer, part) + at, bytes, row);
                         }
                     }
                 }
             }
-            for (std::size_t part = 0; part < 2 && tokens > 1; ++part) place_.write(rows(rank, layer, part), all[part].data(), bytes_);
+            for (std::size_t part = 0; part < 2 && tokens > 1; ++part) places_.of(rank).write(rows(rank, layer, part), all[part].data(), bytes_);
         }
         for (std::uint64_t &length : lengths) length += tokens;
         next_ += tokens;
     }
 
     void show(kvhook::Sequence &sequence, std::uint32_t rank, std::uint32_t layer, std::size_t tokens, std::uint32_t phase, const std::vector<unsigned char> &bytes) {
-        if (queries_.size() < bytes.size()) queries_on_device_ = place_.own(bytes);
-        queries_ = bytes.size() > queries_.size() ? bytes : queries_;
-        place_.write(queries_on_device_, bytes.data(), bytes.size());
+        const Place &place = places_.of(rank);
+        Queries &queries = queries_[rank];
+        if (queries.bytes < bytes.size()) queries = {place.own(bytes), bytes.size()};
+        place.write(queries.data, bytes.data(), bytes.size());
         std::int64_t shape[] = {static_cast<std::int64_t>(tokens), Q_HEADS, DIM}, strides[] = {Q_HEADS * DIM, DIM, 1};
-        const KvhTensor tensor{queries_on_device_, {place_.on_device() ? KVH_DEVICE_CUDA : KVH_DEVICE_CPU, 0}, 3, options_.dtype, shape, strides, 0};
+        const KvhTensor tensor{queries.data, place.device(), 3, options_.dtype, shape, strides, 0};
         const KvhLayer cache = view(rank, layer);
         std::vector<KvhStepSequence> sequences(1, kvhook::sized<KvhStepSequence>());
         sequences[0].uid = sequence.uid();
@@ -369,10 +391,10 @@ private:
         step.k = &tensor;
         step.v = &tensor;
         step.sequences = kvhook::array(sequences);
-        step.stream = place_.stream();
+        step.stream = place.stream();
         take(host_.before_attention(rank, step), "before_attention");
         // The queries' memory is used again for the next layer.
-        place_.wait();
+        place.wait();
     }
 
     void compress(kvhook::Sequence &sequence, std::int32_t event) {
@@ -390,7 +412,8 @@ private:
             sequences[0].event = event;
             sequences[0].layers = kvhook::array(layers);
             sequences[0].next_position = next_;
-            take(place_.while_blocked(options_.blocked, "prepare", [&] { return host_.prepare(rank, sequences, place_.stream()); }), "prepare");
+            const Place &place = places_.of(rank);
+            take(place.while_blocked(options_.blocked, "prepare", [&] { return host_.prepare(rank, sequences, place.stream()); }), "prepare");
             ticket = sequences[0].ticket;
             if (ticket == 0) fail("kept: " + std::string(kvhook::reason_name(sequences[0].reason)));
         }
@@ -403,13 +426,15 @@ private:
         std::vector<std::vector<std::uint32_t>> blocks;
         if (verdict.movement == KVHOOK_MOVE_TABLE) blocks = take(host_.table_edit(ticket), "table_edit");
         kvhook::Committed committed;
-        for (std::uint32_t rank = 0; rank < options_.ranks; ++rank)
-            committed = take(place_.while_blocked(options_.blocked, "commit", [&] { return host_.commit(rank, ticket, views(rank), next_, {}, place_.stream()); }), "commit");
-        // All ranks and layers share one table here.
+        for (std::uint32_t rank = 0; rank < options_.ranks; ++rank) {
+            const Place &place = places_.of(rank);
+            committed = take(place.while_blocked(options_.blocked, "commit", [&] { return host_.commit(rank, ticket, views(rank), next_, {}, place.stream()); }), "commit");
+        }
+        // All ranks and layers have one table here.
         if (!blocks.empty()) edit_table(blocks[0], (lengths[0] - options_.late + BLOCK - 1) / BLOCK);
         if (committed.next_position != next_) fail("the next position changed");
         lengths = committed.lengths;
-        place_.wait();
+        places_.wait();
         ++commits;
     }
 
@@ -424,17 +449,17 @@ private:
         }
         kept.insert(kept.end(), freed.begin(), freed.end());
         table_ = kept;
-        place_.write(table_on_device_, table_.data(), table_.size() * sizeof(std::int32_t));
+        for (std::size_t rank = 0; rank < options_.ranks; ++rank) places_.of(rank).write(tables_[rank], table_.data(), table_.size() * sizeof(std::int32_t));
     }
 
     void snapshot(kvhook::Sequence &sequence) {
-        place_.wait();
+        places_.wait();
         const std::size_t row = DIM * options_.element();
         for (std::uint32_t tensors = 0; tensors < options_.ranks * LAYERS; ++tensors) {
             const std::uint32_t rank = tensors / LAYERS, layer = tensors % LAYERS;
             const KvhPositions positions = take(host_.positions(rank, sequence.uid(), layer), "positions");
             for (std::size_t part = 0; part < 2; ++part) {
-                const std::vector<unsigned char> all = place_.read(rows(rank, layer, part), bytes_);
+                const std::vector<unsigned char> all = places_.of(rank).read(rows(rank, layer, part), bytes_);
                 for (std::size_t head = 0; head < KV_HEADS; ++head) {
                     Head of_head;
                     for (std::size_t token = 0; token < lengths[layer]; ++token) {
@@ -443,7 +468,7 @@ private:
                         of_head.positions.push_back(next_ - (lengths[layer] - token));
                     }
                     std::vector<std::uint32_t> table(positions.count);
-                    const auto bytes = place_.read(positions.data + static_cast<std::int64_t>(head) * positions.stride_head, positions.count * sizeof(std::uint32_t));
+                    const auto bytes = places_.of(rank).read(positions.data + static_cast<std::int64_t>(head) * positions.stride_head, positions.count * sizeof(std::uint32_t));
                     if (!table.empty()) std::memcpy(table.data(), bytes.data(), bytes.size());
                     std::copy(table.begin(), table.end(), of_head.positions.begin());
                     left.push_back(std::move(of_head));
@@ -454,28 +479,33 @@ private:
 
     // What the host held during the last compression, beside what it held before.
     void check_room() const {
-        if (options_.room < 0 || !place_.on_device()) return;
+        if (options_.room < 0 || !places_.on_device()) return;
         const std::uint64_t queries = options_.ranks * LAYERS * static_cast<std::uint64_t>(options_.room) * Q_HEADS * DIM * options_.element();
         std::uint64_t kept = 0;
         for (const std::uint64_t length : lengths) kept += options_.ranks * length * KV_HEADS;
         const std::uint64_t most = queries + 4 * kept + 64 * MEBIBYTE;
-        if (place_.peak > most) fail("the host held " + std::to_string(place_.peak) + " bytes, expected at most " + std::to_string(most));
+        if (places_.peak > most) fail("the host held " + std::to_string(places_.peak) + " bytes, expected at most " + std::to_string(most));
     }
 
     const Options &options_;
-    Place &place_;
+    Places &places_;
     kvhook::Host host_;
     // K and V of each layer of each rank.
     std::vector<unsigned char *> rows_;
     std::size_t bytes_ = 0, next_ = 0;
     std::vector<std::int32_t> table_;
-    unsigned char *table_on_device_ = nullptr, *queries_on_device_ = nullptr;
-    std::vector<unsigned char> queries_;
+    // One for each rank.
+    std::vector<unsigned char *> tables_;
+    struct Queries {
+        unsigned char *data = nullptr;
+        std::size_t bytes = 0;
+    };
+    std::vector<Queries> queries_;
 };
 
 Options parse(int count, char **arguments) {
     Options options;
-    if (count < 2) fail("usage: cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--rounds N] [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE] [--room QUERIES] [--blocked 0|1] [--copies FOLDER]");
+    if (count < 2) fail("usage: cuda_engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--dtype f32|f16|bf16|fp8] [--ranks N] [--devices N] [--rounds N] [--prompt TOKENS] [--images 0|1] [--late TOKENS] [--bound SHARE] [--ties SHARE] [--room QUERIES] [--blocked 0|1] [--copies FOLDER]");
     options.plugin = arguments[1];
     if (options.plugin.find('/') == std::string::npos) fail("PLUGIN is a path with a folder");
     for (int i = 2; i < count; i += 2) {
@@ -488,6 +518,7 @@ Options parse(int count, char **arguments) {
         else if (key == "--dtype" && value == "f16") options.dtype = kvhook::f16;
         else if (key == "--dtype" && value == "bf16") options.dtype = kvhook::bf16;
         else if (key == "--ranks") options.ranks = std::stoul(value);
+        else if (key == "--devices") options.devices = std::stoul(value);
         else if (key == "--dtype" && value == "fp8") options.dtype = {10, 8, 1};  // DLPack's float8_e4m3fn
         else if (key == "--prompt") options.prompt = std::stoul(value);
         else if (key == "--images") options.images = value == "1";
@@ -500,6 +531,7 @@ Options parse(int count, char **arguments) {
         else if (key == "--copies") options.copies = value;
         else fail("unknown argument " + key + " " + value);
     }
+    if (options.ranks == 0 || options.devices == 0) fail("--ranks and --devices are 1 or more");
     return options;
 }
 
@@ -557,13 +589,17 @@ Differences compare(const Options &options, const std::vector<Engine::Head> &dev
 }
 
 int run(const Options &options) {
-    const cuda::Driver *driver = cuda::Driver::open();
-    if (driver == nullptr) {
-        std::printf("skipped: no CUDA device\n");
-        return 0;
+    std::vector<Place> devices;
+    for (std::int32_t device = 0; device < static_cast<std::int32_t>(options.devices); ++device) {
+        const cuda::Driver *driver = cuda::Driver::open(device);
+        if (driver == nullptr) {
+            std::printf("skipped: no CUDA device %d\n", device);
+            return 0;
+        }
+        devices.emplace_back(driver, device);
     }
     Log log;
-    Place on_device(driver), in_memory(nullptr);
+    Places on_device(devices), in_memory({Place(nullptr, 0)});
     std::size_t commits = 0;
     Differences differences;
     std::vector<std::uint64_t> lengths;
