@@ -111,6 +111,12 @@ impl Host {
             // SAFETY: passed on from the caller.
             unsafe { self.ask_for_plans(rank, &generation, event, members, stream, &mut prepared) };
         }
+        // Where no ticket is left, nothing ties a sequence to instances that were replaced meanwhile.
+        for (request, _) in requests.iter().zip(&prepared).filter(|(_, prepared)| prepared.ticket == 0) {
+            if let Ok(sequence) = self.sequence(request.uid) {
+                self.migrate(&sequence);
+            }
+        }
         Ok(prepared)
     }
 

@@ -79,6 +79,11 @@ impl Sequence {
         !self.failed.load(Ordering::Relaxed) && self.is_current()
     }
 
+    /// Whether a call of its instances is under way.
+    pub fn instances_are_busy(&self) -> bool {
+        self.state.lock().generation.ranks.iter().any(|rank| rank.instance.is_locked())
+    }
+
     fn is_current(&self) -> bool {
         self.term.load(Ordering::Relaxed) == self.arm.term()
     }
