@@ -174,9 +174,10 @@ impl Host {
             return Err(reason);
         }
         let seen = state.ranks[rank].queries_seen(sequence.prompt_length);
+        let answer = state.ranks[rank].saw_answer(sequence.prompt_length, next_position);
         let lengths = request.layers.lengths();
         let joined = self
-            .may_compress(&sequence, &state, event, next_position, seen)
+            .may_compress(&sequence, &state, event, next_position, (seen, answer))
             .and_then(|()| self.ticket_of(&sequence, &mut state, request, &lengths));
         match joined {
             Ok(counts) => {

@@ -148,6 +148,11 @@ impl RankState {
         if self.queries.end >= prompt_length { prompt_length.saturating_sub(self.queries.start) } else { 0 }
     }
 
+    /// Whether all queries behind the prompt were seen, up to the next token's position.
+    pub fn saw_answer(&self, prompt_length: u64, next_position: u64) -> bool {
+        next_position <= prompt_length || (self.queries.start <= prompt_length && self.queries.end >= next_position)
+    }
+
     /// Queries of `tokens` tokens from `first` on were seen.
     pub fn saw_queries(&mut self, first: u64, tokens: u64) {
         let end = first.saturating_add(tokens);
