@@ -169,11 +169,14 @@ impl Arm {
         self.is_removed() || self.state() == ArmState::Disabled
     }
 
-    /// It takes part no more.
-    pub(crate) fn remove(&self) {
+    /// It takes part no more. Its instances, which end with their last owner, are returned.
+    pub(crate) fn remove(&self) -> Arc<Generation> {
         let _cause = self.cause.lock();
         self.removed.store(true, Ordering::Relaxed);
         self.count();
+        let mut current = self.current.write();
+        let none = Arc::new(current.generation.without_instances());
+        core::mem::replace(&mut current.generation, none)
     }
 
     /// Whether the arm was removed.
@@ -188,9 +191,10 @@ impl Arm {
     }
 }
 
-/// The instances of one plugin with one config: one for each rank. They are destroyed with it.
+/// The instances of one plugin with one config: one for each rank, none for an arm that is gone. They are destroyed with
+/// it.
 pub struct Generation {
-    /// One for each rank.
+    /// One for each rank, or none.
     pub ranks: Vec<RankInstance>,
     /// What the first rank's instance needs; all ranks have the same config.
     pub needs: Needs,
@@ -249,6 +253,22 @@ impl Generation {
             counted: AtomicBool::new(true),
             wants,
         })
+    }
+
+    /// What the sequences of an arm have when the arm is gone: they are not compressed any more.
+    fn without_instances(&self) -> Self {
+        Self {
+            ranks: Vec::new(),
+            needs: self.needs.clone(),
+            planned: self.planned.clone(),
+            min_tokens: self.min_tokens,
+            plugin: self.plugin.clone(),
+            answers_prefill_done: self.answers_prefill_done,
+            answers_grown: self.answers_grown,
+            poisoned: AtomicBool::new(false),
+            counted: AtomicBool::new(false),
+            wants: self.wants.clone(),
+        }
     }
 
     /// Whether the plugin answers an event with plans.

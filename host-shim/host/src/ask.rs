@@ -68,7 +68,9 @@ impl Host {
                 return Ok(keep(reason, ask));
             }
             let queries = state.ranks.iter().map(|rank| rank.queries_seen(sequence.prompt_length)).min().unwrap_or(0);
-            if let Err(refusal) = self.may_compress(&sequence, &state, ask.event, ask.next_position, queries) {
+            let answer = state.ranks.iter().all(|rank| rank.saw_answer(sequence.prompt_length, ask.next_position));
+            let seen = (queries, answer);
+            if let Err(refusal) = self.may_compress(&sequence, &state, ask.event, ask.next_position, seen) {
                 return Ok(self.keep_because(&sequence, refusal, ask));
             }
             (state.generation.clone(), state.epoch)
@@ -207,7 +209,8 @@ impl Host {
         Ok(if in_place { KVHOOK_DECISION_IN_PLACE } else { KVHOOK_DECISION_FRESH })
     }
 
-    /// What must hold before a plugin is asked about a sequence.
+    /// What must hold before a plugin is asked about a sequence, of which so many of the prompt's last queries were seen, and
+    /// all behind the prompt or not.
     ///
     /// # Errors
     /// Why it is kept.
@@ -217,7 +220,7 @@ impl Host {
         state: &State,
         event: Event,
         next_position: u64,
-        queries_seen: u64,
+        (queries_seen, answer_seen): (u64, bool),
     ) -> Result<(), Refusal> {
         let generation = &state.generation;
         let refuse = |reason, message: String| Err(Refusal { reason, message });
@@ -245,6 +248,10 @@ impl Host {
                 KVH_REASON_QUERIES_MISSING,
                 format!("{queries_seen} of the prompt's last {needed} queries were seen"),
             );
+        }
+        // A sequence that moved here began with the wants of other instances; and an arm that was off was shown nothing.
+        if generation.needs.before_attention_phases & KVH_PHASE_DECODE != 0 && !answer_seen {
+            return refuse(KVH_REASON_QUERIES_MISSING, "not all queries behind the prompt were seen".to_owned());
         }
         Ok(())
     }

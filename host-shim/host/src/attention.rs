@@ -158,8 +158,7 @@ impl Host {
             self.reached(&seen.sequence, seen.step.first_position.saturating_add(seen.step.tokens));
             let Err(error) = &called else {
                 let mut state = seen.sequence.state.lock();
-                let prefill = seen.step.phase & KVH_PHASE_PREFILL != 0;
-                if let Some(rank) = state.ranks.get_mut(rank).filter(|_| prefill) {
+                if let Some(rank) = state.ranks.get_mut(rank) {
                     rank.saw_queries(seen.step.first_position, seen.step.tokens);
                 }
                 continue;

@@ -115,6 +115,7 @@ impl Host {
         if let Settled::Dropped(reason, ticket) = settled {
             drop(state);
             drop(ticket);
+            self.migrate(sequence);
             return Err(HostError::Dropped { ticket: id, reason });
         }
         let ticket = state.ticket.as_mut().filter(|ticket| ticket.id == id).ok_or(HostError::UnknownTicket(id))?;
@@ -160,6 +161,7 @@ impl Host {
         };
         drop(state);
         drop(dropped);
+        self.migrate(sequence);
     }
 
     /// Checks everything that can go wrong, and lays out what moves.
@@ -250,6 +252,7 @@ impl Host {
             sequence.arm.figures.committed();
             drop(state);
             drop(done);
+            self.migrate(sequence);
         }
         committed
     }

@@ -10,6 +10,7 @@ use crate::error::HostError;
 use crate::guard::GuardSpec;
 use crate::host::Host;
 use crate::load::Source;
+use crate::sequence::Sequence;
 use crate::spec::{self, ArmPatch, ArmSpec, MAX_SPEC_BYTES};
 
 /// The most arms of a host.
@@ -314,7 +315,7 @@ impl Host {
             let mut arms = self.arms.write();
             for (arm, spec, generation, guard_is_new) in updates {
                 let (state, guard) = (spec.state, spec.guard);
-                old.push((arm.set(spec, generation), arm.clone()));
+                old.extend(arm.set(spec, generation).map(|generation| (generation, arm.clone())));
                 if guard_is_new {
                     arm.guard.set(guard);
                 }
@@ -323,7 +324,7 @@ impl Host {
                 }
             }
             for arm in before.iter().filter(|arm| !after.iter().any(|other| Arc::ptr_eq(arm, other))) {
-                arm.remove();
+                old.push((arm.remove(), arm.clone()));
             }
             *arms = after.clone();
             self.set_safe_mode(drafts.safe_mode);
@@ -331,19 +332,36 @@ impl Host {
         let is = self.listed(&after);
         drop(changing);
         self.callbacks.log(KVH_LOG_INFO, format_args!("arms changed from {was} to {is}"));
+        let mut older = self.older.lock();
+        older.retain(|(_, generation)| generation.strong_count() > 0);
+        older.extend(old.iter().map(|(generation, arm)| (arm.name.clone(), Arc::downgrade(generation))));
+        drop(older);
         for (generation, arm) in old {
-            if generation.is_some() {
-                self.migrate_all(&arm);
-            }
+            drop(generation);
+            self.migrate_all(&arm);
         }
         Ok(())
     }
 
-    /// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., ...}]}`, with the keys of the form, and `cause`
-    /// and `live`.
+    /// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., ...}], "older": [...]}`, with the keys of the
+    /// form, and `cause` and `live`. `older` are instances that were replaced or whose arm was removed, and are still
+    /// needed: `{"arm": ..., "plugin": ..., "sequences": 3}`.
     pub fn arms_json(&self) -> String {
         let arms: Vec<Value> = self.arms().iter().map(|arm| arm_json(arm)).collect();
-        json!({ "safe_mode": self.is_safe_mode(), "arms": arms }).to_string()
+        let older: Vec<Value> = self.older_instances().collect();
+        json!({ "safe_mode": self.is_safe_mode(), "arms": arms, "older": older }).to_string()
+    }
+
+    /// Instances that were replaced, with the number of sequences that they serve.
+    fn older_instances(&self) -> impl Iterator<Item = Value> {
+        let older = self.older.lock().clone();
+        let sequences: Vec<_> = self.sequences.read().values().cloned().collect();
+        older.into_iter().filter_map(move |(arm, generation)| {
+            let generation = generation.upgrade()?;
+            let served = |sequence: &&Arc<Sequence>| Arc::ptr_eq(&sequence.state.lock().generation, &generation);
+            let sequences = sequences.iter().filter(served).count();
+            Some(json!({ "arm": arm, "plugin": generation.plugin, "sequences": sequences }))
+        })
     }
 
     /// The arms in a log line.

@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use kvhook_abi::raw::*;
 use parking_lot::{Mutex, RwLock};
@@ -63,6 +63,8 @@ pub struct Host {
     pub(crate) loading: Mutex<()>,
     /// One exchange of the arms at a time. Taken after `loading`; nothing is loaded under it.
     pub(crate) changing: Mutex<()>,
+    /// Instances that were replaced, each with its arm's name, until they are gone.
+    pub(crate) older: Mutex<Vec<(String, Weak<Generation>)>>,
     safe_mode: AtomicBool,
     engine: String,
     /// Plugins that are part of this program, by name.
@@ -110,6 +112,7 @@ impl Host {
             arms: RwLock::default(),
             loading: Mutex::default(),
             changing: Mutex::default(),
+            older: Mutex::default(),
             engine: config.engine,
             provided: Mutex::default(),
             wants: Arc::default(),

@@ -73,6 +73,7 @@ impl Host {
         Ok(self.insert(Sequence::new(uid, arm, begin.prompt_length, begin.segments, 0, state)))
     }
 
+    /// The sequence is reachable from here on.
     fn insert(&self, sequence: Sequence) -> Began {
         let (uid, prompt_length) = (sequence.uid, sequence.prompt_length);
         let generation = sequence.state.lock().generation.clone();
@@ -87,7 +88,10 @@ impl Host {
             grown_every: if generation.answers(Event::Grown) { needs.grown_every } else { 0 },
         };
         sequence.arm.figures.began();
-        self.sequences.write().insert(uid, Arc::new(sequence));
+        let sequence = Arc::new(sequence);
+        self.sequences.write().insert(uid, sequence.clone());
+        // A change that did not find it among the sequences has exchanged the instances by now.
+        self.migrate(&sequence);
         began
     }
 
@@ -109,6 +113,7 @@ impl Host {
         copy.ranks = state.ranks.iter().map(|rank| RankState::new(rank.positions.clone())).collect();
         drop(state);
         drop(ticket);
+        self.migrate(&sequence);
         let uid = self.next_uid.fetch_add(1, Ordering::Relaxed);
         let segments = sequence.segments.clone();
         let (arm, seen) = (sequence.arm.clone(), sequence.seen());
@@ -148,6 +153,7 @@ impl Host {
         state.mark = state.mark.min(next_position);
         drop(state);
         drop(ticket);
+        self.migrate(&sequence);
         Ok(())
     }
 
@@ -216,8 +222,8 @@ impl Host {
     ) {
         let args =
             KvhOnFreeArgs { struct_size: size_of::<KvhOnFreeArgs>(), uid: sequence.uid, reason, reserved0: 0, stream };
-        for (rank, of_rank) in ranks.iter().zip(&generation.ranks) {
-            if rank.touched {
+        for (place, rank) in ranks.iter().enumerate() {
+            if let Some(of_rank) = generation.ranks.get(place).filter(|_| rank.touched) {
                 let mut instance = of_rank.instance.lock();
                 if instance.hears_free() && !instance.is_poisoned() {
                     let start = Instant::now();
@@ -244,7 +250,7 @@ impl Host {
     }
 
     /// Moves a sequence to its arm's current instances, unless the old ones hold state for it or a ticket is open. The old
-    /// instances are told that it has ended, as far as they are concerned.
+    /// instances are told that it has ended, as far as they are concerned. Not to be called with an instance's lock.
     pub(crate) fn migrate(&self, sequence: &Sequence) {
         let current = sequence.arm.current();
         let mut state = sequence.state.lock();
@@ -256,7 +262,6 @@ impl Host {
         let positions = state.ranks.iter().map(|rank| RankState::new(rank.positions.clone())).collect();
         let ranks = core::mem::replace(&mut state.ranks, positions);
         state.asked = None;
-        state.failed = None;
         state.broken = None;
         sequence.joined();
         drop(state);

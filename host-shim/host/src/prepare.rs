@@ -111,6 +111,12 @@ impl Host {
             // SAFETY: passed on from the caller.
             unsafe { self.ask_for_plans(rank, &generation, event, members, stream, &mut prepared) };
         }
+        // Where no ticket is left, nothing ties a sequence to instances that were replaced meanwhile.
+        for (request, _) in requests.iter().zip(&prepared).filter(|(_, prepared)| prepared.ticket == 0) {
+            if let Ok(sequence) = self.sequence(request.uid) {
+                self.migrate(&sequence);
+            }
+        }
         Ok(prepared)
     }
 
@@ -168,9 +174,10 @@ impl Host {
             return Err(reason);
         }
         let seen = state.ranks[rank].queries_seen(sequence.prompt_length);
+        let answer = state.ranks[rank].saw_answer(sequence.prompt_length, next_position);
         let lengths = request.layers.lengths();
         let joined = self
-            .may_compress(&sequence, &state, event, next_position, seen)
+            .may_compress(&sequence, &state, event, next_position, (seen, answer))
             .and_then(|()| self.ticket_of(&sequence, &mut state, request, &lengths));
         match joined {
             Ok(counts) => {

@@ -79,6 +79,11 @@ impl Sequence {
         !self.failed.load(Ordering::Relaxed) && self.is_current()
     }
 
+    /// Whether a call of its instances is under way.
+    pub fn instances_are_busy(&self) -> bool {
+        self.state.lock().generation.ranks.iter().any(|rank| rank.instance.is_locked())
+    }
+
     fn is_current(&self) -> bool {
         self.term.load(Ordering::Relaxed) == self.arm.term()
     }
@@ -141,6 +146,11 @@ impl RankState {
     /// How many of the prompt's last queries were seen.
     pub fn queries_seen(&self, prompt_length: u64) -> u64 {
         if self.queries.end >= prompt_length { prompt_length.saturating_sub(self.queries.start) } else { 0 }
+    }
+
+    /// Whether all queries behind the prompt were seen, up to the next token's position.
+    pub fn saw_answer(&self, prompt_length: u64, next_position: u64) -> bool {
+        next_position <= prompt_length || (self.queries.start <= prompt_length && self.queries.end >= next_position)
     }
 
     /// Queries of `tokens` tokens from `first` on were seen.

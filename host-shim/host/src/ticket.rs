@@ -232,6 +232,10 @@ impl Host {
         if let Settled::Dropped(reason, ticket) = settled {
             drop(state);
             drop(ticket);
+            // Where a plugin is busy just now, the next call for the sequence does it.
+            if !sequence.instances_are_busy() {
+                self.migrate(&sequence);
+            }
             return Ok(Verdict::Dropped(reason));
         }
         match &state.ticket {
@@ -302,6 +306,7 @@ impl Host {
                 let ticket = self.close(&sequence, &mut state, reason);
                 drop(state);
                 drop(ticket);
+                self.migrate(&sequence);
                 Ok(())
             }
             _ => Err(HostError::UnknownTicket(id)),

@@ -480,3 +480,97 @@ fn a_weight_does_not_wait_for_a_plugin_that_loads() {
     *engine.watch.on_log.lock().unwrap() = None;
     assert_eq!(receive.recv_timeout(Duration::from_secs(5)).unwrap(), 1.0);
 }
+
+/// `older` in the list of arms: arm, sequences.
+fn older(engine: &Engine) -> Vec<(String, u64)> {
+    let arms = arms(engine);
+    let of = |older: &Value| (older["arm"].as_str().unwrap().to_owned(), older["sequences"].as_u64().unwrap());
+    arms["older"].as_array().unwrap().iter().map(of).collect()
+}
+
+#[test]
+fn replaced_instances_live_as_long_as_they_are_needed() {
+    let old = Arc::new(Script::default());
+    let engine = scripted(TWO, &old, &[("a", 1.0)]);
+    let replace = || {
+        let new = Arc::new(Script::default());
+        control(&engine, json!([{"replace": {"name": "a", "config": new.register()}}])).unwrap();
+    };
+    // Whatever ends the ticket ends what ties the sequence to the old instances.
+    type End = fn(&Engine, &mut Cache, u64, &Script);
+    let ends: [End; 5] = [
+        |engine, cache, ticket, script| engine.commit(cache, script, ticket),
+        |engine, _, ticket, _| engine.drop_ticket(ticket, KVHOOK_REASON_OUT_OF_MEMORY).unwrap(),
+        |engine, cache, _, _| engine.free(cache.uid, KVH_FREE_FINISHED).unwrap(),
+        // A prepare that is refused, and one of another position.
+        |engine, cache, _, _| {
+            cache.append(1);
+            control(engine, json!([{"state": {"a": "disabled"}}])).unwrap();
+            assert_eq!(engine.prepare(0, cache, DONE, false), (0, KVHOOK_REASON_DISABLED));
+            control(engine, json!([{"state": {"a": "serving"}}])).unwrap();
+        },
+        |engine, cache, ticket, _| {
+            let fork = engine.fork(cache.uid).unwrap();
+            assert_eq!(engine.verdict(ticket).unwrap().0, KVHOOK_VERDICT_DROPPED);
+            engine.free(fork, KVH_FREE_FINISHED).unwrap();
+        },
+    ];
+    let mut script = old;
+    for end in ends {
+        let mut cache = begin_on(&engine, "a", 20);
+        let ticket = engine.plan(&mut cache, DONE, false).unwrap();
+        replace();
+        assert_eq!((older(&engine), script.live.load(SeqCst)), (vec![("a".to_owned(), 1)], 2));
+        end(&engine, &mut cache, ticket, &script);
+        assert_eq!((older(&engine), script.live.load(SeqCst)), (vec![], 0));
+        script = Arc::new(Script::default());
+        control(&engine, json!([{"replace": {"name": "a", "config": script.register()}}])).unwrap();
+    }
+}
+
+#[test]
+fn an_arm_that_is_removed_leaves_no_instances_but_those_that_hold_state() {
+    for keeps_state in [false, true] {
+        let script = Arc::new(Script { keeps_state, ..Script::default() });
+        let engine = scripted(TWO, &script, &[("a", 1.0)]);
+        let mut used = begin_on(&engine, "a", 20);
+        let ticket = engine.plan(&mut used, DONE, false).unwrap();
+        engine.commit(&mut used, &script, ticket);
+        let mut open = begin_on(&engine, "a", 20);
+        let ticket = engine.plan(&mut open, DONE, false).unwrap();
+        let untouched = begin_on(&engine, "a", 20);
+        control(&engine, json!([{"remove": "a"}])).unwrap();
+        assert_eq!(older(&engine), [("a".to_owned(), if keeps_state { 2 } else { 1 })]);
+        // A ticket that is open may be committed, as of an arm that is disabled.
+        engine.commit(&mut open, &script, ticket);
+        let left = if keeps_state { 2 } else { 0 };
+        assert_eq!((older(&engine).len() as u64, script.live.load(SeqCst)), (left / 2, left));
+        for mut cache in [used, open, untouched] {
+            assert_eq!(engine.plan(&mut cache, DONE, false), Err(KVHOOK_REASON_DISABLED));
+            engine.verify(&cache);
+            let forked = engine.fork(cache.uid);
+            assert!(forked.is_ok() || keeps_state);
+            if let Ok(uid) = forked {
+                engine.free(uid, KVH_FREE_FINISHED).unwrap();
+            }
+            engine.free(cache.uid, KVH_FREE_FINISHED).unwrap();
+        }
+        assert_eq!((older(&engine), script.live.load(SeqCst)), (vec![], 0));
+        assert_eq!(engine.watch.live.load(SeqCst), 0);
+    }
+}
+
+#[test]
+fn a_change_between_two_ranks_leaves_them_at_one() {
+    let failing = Arc::new(Script { prepare_status: KVH_ERR_INTERNAL.into(), ..Script::default() });
+    let engine = scripted(TWO, &failing, &[("a", 1.0)]);
+    let cache = begin_on(&engine, "a", 20);
+    engine.ask(&cache, DONE);
+    assert_eq!(engine.prepare(0, &cache, DONE, false), (0, KVHOOK_REASON_PLUGIN_ERROR));
+    let good = Arc::new(Script::default());
+    control(&engine, json!([{"replace": {"name": "a", "config": good.register()}}])).unwrap();
+    // The other rank hears that the first one kept, and opens no ticket of its own.
+    assert_eq!(engine.prepare(1, &cache, DONE, false), (0, KVHOOK_REASON_OTHER_RANK));
+    assert_eq!((failing.live.load(SeqCst), good.prepared.load(SeqCst)), (0, 0));
+    engine.free(cache.uid, KVH_FREE_FINISHED).unwrap();
+}

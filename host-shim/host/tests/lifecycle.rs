@@ -331,11 +331,11 @@ fn a_swap_leaves_state_and_tickets_where_they_are() {
     assert_eq!((old.live.load(SeqCst), new.live.load(SeqCst)), (2, 2));
     planned.append(3);
     engine.commit(&mut planned, &old, ticket);
+    // The commit moves it, and ends the old instances.
+    assert_eq!(old.live.load(SeqCst), 0);
     let ticket = engine.plan(&mut idle, DONE, false).unwrap();
     engine.commit(&mut idle, &new, ticket);
-    // Its next question moves the other one, and ends the old instances.
     let ticket = engine.plan(&mut planned, DONE, false).unwrap();
-    assert_eq!(old.live.load(SeqCst), 0);
     engine.commit(&mut planned, &new, ticket);
     assert_eq!(old.frees_of(planned.uid).len(), 2);
     engine.free(planned.uid, KVH_FREE_FINISHED).unwrap();

@@ -3,3 +3,4 @@
 pub mod model;
 pub mod plugins;
 pub mod reference;
+pub mod tiny;

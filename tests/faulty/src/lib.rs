@@ -5,6 +5,7 @@
 //! words are those of [`variant::WORDS`].
 
 pub mod config;
+mod count;
 mod damage;
 mod plugin;
 pub mod variant;

@@ -10,6 +10,7 @@ use kvhook_abi::{
 };
 
 use crate::config::{BoundAnswer, Config, Damage, Fault, PlanKind};
+use crate::count::Counted;
 use crate::damage;
 
 /// A plugin that misbehaves as its config says.
@@ -19,6 +20,7 @@ pub struct Faulty {
     concerned: bool,
     /// Calls of hooks so far.
     calls: u64,
+    _counted: Counted,
 }
 
 impl Plugin for Faulty {
@@ -33,7 +35,7 @@ impl Plugin for Faulty {
         if concerned {
             misbehave(config.create, "create")?;
         }
-        Ok(Self { config, concerned, calls: 0 })
+        Ok(Self { config, concerned, calls: 0, _counted: Counted::new() })
     }
 
     fn needs(&self) -> Needs {

@@ -226,6 +226,15 @@ impl KvPlugins {
         })
     }
 
+    /// The arms, as JSON text.
+    ///
+    /// # Errors
+    /// [`Error::Plugin`] for a defect of the host.
+    pub fn arms_json(&self) -> Result<String> {
+        // SAFETY: the host lives, the buffer is lent.
+        whole_text("kvhook_arms_json", |out, error| unsafe { kvhook_arms_json(self.host.as_ptr(), out, error) })
+    }
+
     /// Removes an arm; its sequences stay as they are from now on.
     ///
     /// # Errors
