@@ -623,8 +623,9 @@ KvhookStatus kvhook_cut(struct KvhookHost *host,
                         KvhText *error);
 
 // Ends a sequence: an open ticket is dropped, then each rank's instance that any hook was called for hears `on_free`
-// once, then the memory that the plugin kept for it goes back, in `stream`'s order. `reason` is `KVH_FREE_*`. The rows
-// may be given to others afterwards.
+// once, then the memory that the plugin kept for it goes back, in `stream`'s order; on a rank whose device is not the
+// stream's, in the order of the stream of the rank's last call. `reason` is `KVH_FREE_*`. The rows may be given to others
+// afterwards.
 //
 // Thread: any; waits for calls of the instances that are under way.
 // Returns `KVHOOK_ERR_UNKNOWN_UID`, also the second time.

@@ -118,6 +118,7 @@ impl Host {
             let of_sequence = &mut state.ranks[rank];
             of_sequence.touched = true;
             of_sequence.attended = true;
+            *of_sequence.stream.get_mut() = step.stream;
             seen.positions = of_sequence.positions[step.layer as usize].clone();
             memories.push(CallSequence { memory: of_sequence.memory.clone(), planning: None });
             drop(state);

@@ -233,6 +233,7 @@ impl Host {
         if !state.live {
             return committed;
         }
+        *state.ranks[rank].stream.get_mut() = request.stream;
         for (positions, layer) in state.ranks[rank].positions.iter_mut().zip(&plan.layers) {
             positions.release_on(request.stream);
             *positions = layer.positions.clone();

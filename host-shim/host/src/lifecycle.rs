@@ -110,7 +110,7 @@ impl Host {
         state.failed = None;
         let mut copy = State::new(state.generation.clone(), sequence.prompt_length);
         (copy.epoch, copy.mark) = (state.epoch, state.mark);
-        copy.ranks = state.ranks.iter().map(|rank| RankState::new(rank.positions.clone())).collect();
+        copy.ranks = state.ranks.iter().map(|rank| rank.anew()).collect();
         drop(state);
         drop(ticket);
         self.migrate(&sequence);
@@ -204,25 +204,28 @@ impl Host {
         let (generation, ranks) = (state.generation.clone(), take(&mut state.ranks));
         drop(state);
         drop(ticket);
-        self.tell_freed(sequence, &generation, &ranks, reason, stream);
+        self.tell_freed(sequence, &generation, &ranks, reason, Some(stream));
         if ranks.iter().any(|rank| rank.touched) && sequence.went_well() {
             self.judge(&sequence.arm, sequence.arm.guard.outcome(false));
         }
         sequence.arm.figures.ended();
     }
 
-    /// Calls `on_free` on the ranks whose instance knows the sequence, then gives back what was kept for it.
+    /// Calls `on_free` on the ranks whose instance knows the sequence, then gives back what was kept for it: in the order
+    /// of `stream`, on the ranks of other devices and without one in that of the rank's last call.
     fn tell_freed(
         &self,
         sequence: &Sequence,
         generation: &Generation,
         ranks: &[RankState],
         reason: i32,
-        stream: *mut c_void,
+        stream: Option<*mut c_void>,
     ) {
-        let args =
-            KvhOnFreeArgs { struct_size: size_of::<KvhOnFreeArgs>(), uid: sequence.uid, reason, reserved0: 0, stream };
+        let uid = sequence.uid;
         for (place, rank) in ranks.iter().enumerate() {
+            let stream = stream.filter(|&stream| self.devices[place].takes(stream));
+            let stream = stream.unwrap_or_else(|| rank.stream.load(Ordering::Relaxed));
+            let args = KvhOnFreeArgs { struct_size: size_of::<KvhOnFreeArgs>(), uid, reason, reserved0: 0, stream };
             if let Some(of_rank) = generation.ranks.get(place).filter(|_| rank.touched) {
                 let mut instance = of_rank.instance.lock();
                 if instance.hears_free() && !instance.is_poisoned() {
@@ -231,7 +234,7 @@ impl Host {
                     let told = unsafe { instance.on_free(&args) };
                     sequence.arm.took(Timed::OnFree, start.elapsed());
                     if let Err(error) = told {
-                        self.hook_failed("on_free", sequence.uid, generation, &error);
+                        self.hook_failed("on_free", uid, generation, &error);
                     }
                 }
             }
@@ -259,13 +262,13 @@ impl Host {
             return;
         }
         let old = core::mem::replace(&mut state.generation, current);
-        let positions = state.ranks.iter().map(|rank| RankState::new(rank.positions.clone())).collect();
+        let positions = state.ranks.iter().map(|rank| rank.anew()).collect();
         let ranks = core::mem::replace(&mut state.ranks, positions);
         state.asked = None;
         state.broken = None;
         sequence.joined();
         drop(state);
-        self.tell_freed(sequence, &old, &ranks, KVH_FREE_FINISHED, core::ptr::null_mut());
+        self.tell_freed(sequence, &old, &ranks, KVH_FREE_FINISHED, None);
     }
 
     /// Positions of the rows of one layer on one rank.

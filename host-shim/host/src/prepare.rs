@@ -304,7 +304,7 @@ impl Host {
         let mut instance = of_rank.instance.lock();
         let mut asked = Vec::with_capacity(members.len());
         for mut member in members {
-            match self.enter(rank, generation, &mut instance, &mut member) {
+            match self.enter(rank, generation, &mut instance, &mut member, stream) {
                 Ok(()) => asked.push(member),
                 Err(refusal) => prepared[member.place].reason = self.give_up(rank, &member, refusal),
             }
@@ -331,6 +331,7 @@ impl Host {
         generation: &Generation,
         instance: &mut Instance,
         member: &mut Member<'_>,
+        stream: *mut c_void,
     ) -> Result<(), Refusal> {
         {
             let mut state = member.sequence.state.lock();
@@ -340,6 +341,7 @@ impl Host {
             }
             // Whoever frees the sequence from here on waits for the instance before it tells it.
             state.ranks[rank].touched = true;
+            *state.ranks[rank].stream.get_mut() = stream;
             member.positions = state.ranks[rank].positions.clone();
             member.memory = state.ranks[rank].memory.clone();
         }

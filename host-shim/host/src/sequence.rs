@@ -1,8 +1,9 @@
 //! What the host knows of one sequence.
 
+use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use kvhook_abi::raw::*;
 use parking_lot::Mutex;
@@ -135,12 +136,26 @@ pub struct RankState {
     pub attended: bool,
     /// Positions whose queries were seen, without a gap.
     pub queries: Range<u64>,
+    /// The stream of the rank's last call; null before.
+    pub stream: AtomicPtr<c_void>,
 }
 
 impl RankState {
     /// Nothing was called or seen yet.
     pub fn new(positions: Vec<Positions>) -> Self {
-        Self { positions, memory: SequenceMemory::default(), touched: false, attended: false, queries: 0..0 }
+        Self {
+            positions,
+            memory: SequenceMemory::default(),
+            touched: false,
+            attended: false,
+            queries: 0..0,
+            stream: AtomicPtr::default(),
+        }
+    }
+
+    /// The same rows; nothing was called or seen yet.
+    pub fn anew(&self) -> Self {
+        Self { stream: self.stream.load(Ordering::Relaxed).into(), ..Self::new(self.positions.clone()) }
     }
 
     /// How many of the prompt's last queries were seen.

@@ -210,6 +210,22 @@ fn an_engine_on_a_gpu_keeps_what_it_keeps_in_memory() {
     assert!(out.starts_with("skipped") || error.contains("values are read of f32, f16 and bf16"), "{error}");
 }
 
+/// Each rank's cache on a device of its own, or two ranks on each. Says "skipped" where there are not two CUDA devices.
+#[cfg(feature = "cuda")]
+#[test]
+fn an_engine_on_several_gpus_keeps_what_it_keeps_in_memory() {
+    let engine = Engine::build_of("c++", "cuda_engine.cpp");
+    let truncate = engine.put("truncate");
+    for config in TRUNCATE_ON_CUDA {
+        for (cache, ranks, blocked) in [("contiguous", "2", "0"), ("paged", "4", "0"), ("paged", "2", "1")] {
+            let arguments = ["--config", config, "--cache", cache, "--ranks", ranks, "--devices", "2"];
+            let output = run(engine.command(&truncate, &arguments).args(["--blocked", blocked]));
+            let text = String::from_utf8(output.stdout).unwrap();
+            assert!(text.starts_with("OK ") || text.starts_with("skipped"), "{text}");
+        }
+    }
+}
+
 /// No block is free, and what the host and the plugin hold beside the cache is bounded: the plugin's last queries, 4 bytes for
 /// each kept row and head, 64 MiB. Of so many rows a few scores are as good as equal.
 #[cfg(feature = "cuda")]

@@ -93,6 +93,11 @@ impl Device {
             Self::Cuda(device) => device.queue(stream).map(Queue::Cuda),
         }
     }
+
+    /// Whether the rank's work can be enqueued on a stream: not on one of another device.
+    pub fn takes(&self, stream: *mut c_void) -> bool {
+        self.queue(stream).is_ok()
+    }
 }
 
 impl Queue<'_> {
