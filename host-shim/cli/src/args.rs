@@ -29,6 +29,10 @@ pub enum Command {
     Compare(Compare),
     /// Measure what a plugin is worth: its quality against controls that keep as much
     Eval(Eval),
+    /// Replay prompts on each arm of a form and uncompressed, and append what came out to a record
+    Probe(Probe),
+    /// Show what a record of an engine that served tells about its arms
+    Report(Report),
     /// Time compressions of caches of any model's shape, beside the least time that this machine allows
     Bench(Bench),
     /// Show what a plugin file or a weight file says of itself, without running it
@@ -189,6 +193,55 @@ pub struct Eval {
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+    /// Write one self-contained HTML page with plots
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// Options of `kvhook probe`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook probe --form arms.json --prompts prompts.txt --record record.jsonl
+  kvhook report record.jsonl --out report.html
+
+FORM is the `kv_plugin` form of docs/embedding.md, with one plugin or several arms. PROMPTS has one prompt
+a line; a line that begins with a quotation mark is a JSON string, which may hold line breaks.
+docs/report.md has the format of the record.")]
+pub struct Probe {
+    /// A JSON file with the arms
+    #[arg(long, value_name = "FORM")]
+    pub form: PathBuf,
+    /// A UTF-8 text file with one prompt a line
+    #[arg(long, value_name = "PROMPTS")]
+    pub prompts: PathBuf,
+    /// The record; lines are appended
+    #[arg(long, value_name = "RECORD")]
+    pub record: PathBuf,
+    /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct, which is fetched once
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
+    pub max_new_tokens: usize,
+    /// How the KV cache is laid out and stored.
+    #[command(flatten)]
+    pub cache: CacheOptions,
+}
+
+/// Options of `kvhook report`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook report record.jsonl
+  kvhook report record.jsonl --out report.html
+
+Lines that cannot be read are told with their numbers, and the others count. A difference between arms is
+claimed only where its 95 % interval leaves no doubt. docs/report.md has the format and the statistics.")]
+pub struct Report {
+    /// The record, JSON lines
+    #[arg(value_name = "RECORD")]
+    pub record: PathBuf,
     /// Write one self-contained HTML page with plots
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,

@@ -97,6 +97,24 @@ pub enum CliError {
         /// The host's reasons.
         why: String,
     },
+    /// A file of prompts cannot be used.
+    #[error("{path}, line {line}: {what}; a line holds a prompt, as it stands or as a JSON string")]
+    Prompts {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line.
+        line: usize,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A record has no line that counts.
+    #[error("{path} is no record of kvhook: {why}; docs/report.md has the format")]
+    EmptyRecord {
+        /// The file.
+        path: PathBuf,
+        /// The first thing that is wrong with it.
+        why: String,
+    },
     /// A file is not a plugin.
     #[error(transparent)]
     Plugin(HostError),
@@ -147,6 +165,8 @@ impl CliError {
             | Self::NotUtf8 { .. }
             | Self::DuplicateArm(_)
             | Self::Keep(_)
+            | Self::Prompts { .. }
+            | Self::EmptyRecord { .. }
             | Self::ProjectExists { .. }
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }

@@ -1,6 +1,8 @@
 //! Numbers as readers see them, in the terminal and on the page.
 
-use crate::stats::Estimate;
+use std::time::{Duration, SystemTime};
+
+use crate::stats::{Estimate, Interval};
 
 /// Stands where there is no number.
 pub const NONE: &str = "–";
@@ -56,6 +58,32 @@ pub fn mebibytes(bytes: f64) -> String {
 /// The estimate times 100, for shares shown in percent.
 pub fn percent(estimate: &Estimate) -> Estimate {
     Estimate { mean: estimate.mean * 100.0, standard_error: estimate.standard_error.map(|e| e * 100.0), n: estimate.n }
+}
+
+/// Seconds since 1970-01-01 UTC as a date and a time, to the second; a dash for what no calendar has.
+pub fn moment(at: f64) -> String {
+    // Until the year 9999, where the form ends.
+    let since = Some(at)
+        .filter(|at| *at < 2.5e11)
+        .and_then(|at| Duration::try_from_secs_f64(at).ok())
+        .and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
+    let text = since.map(|at| humantime::format_rfc3339_seconds(at).to_string().replace('T', " ").replace('Z', " UTC"));
+    text.unwrap_or_else(|| NONE.into())
+}
+
+/// ` (95 % interval 0.63 to 0.80)`; nothing without an interval.
+pub fn bracketed(interval: Option<Interval>) -> String {
+    interval.map_or_else(String::new, |interval| {
+        format!(" (95 % interval {} to {})", plain(interval.low), plain(interval.high))
+    })
+}
+
+/// `a, b and c`.
+pub fn listed(names: &[&str]) -> String {
+    match names {
+        [rest @ .., last] if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        _ => names.concat(),
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! * [`results`] holds what was measured; [`table`] and [`page`] show it in the terminal and in the browser, and
 //!   [`report`] hands it out.
 //! * [`eval`] judges a plugin by such a comparison with controls.
+//! * [`record`] reads and judges what an engine wrote down while it served.
 //! * [`mod@bench`] times compressions of caches without a model.
 //! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
 //! * [`project`] writes the project of a new plugin.
@@ -29,6 +30,7 @@ pub mod passages;
 pub mod plugins;
 pub mod progress;
 pub mod project;
+pub mod record;
 pub mod report;
 pub mod results;
 pub mod stats;

@@ -7,4 +7,6 @@ pub mod demo;
 pub mod eval;
 pub mod inspect;
 pub mod new;
+pub mod probe;
+pub mod report;
 pub mod run;

@@ -8,12 +8,13 @@ mod sentences;
 
 use serde::Serialize;
 
+use crate::account::FAULTS;
 use crate::results::{Arm, Comparison, Measures};
 use crate::stats::Ratio;
 use controls::{CONTROLS, Control};
 
-/// Reasons of the host that are a plugin's fault.
-const FAULTS: [&str; 7] = ["plugin_error", "panic", "poisoned", "bad_index", "bad_count", "bad_position", "bad_plan"];
+/// Fewer passages than this tell nothing of differences.
+pub const ENOUGH: usize = 5;
 
 /// The judgement of one plugin.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -84,7 +85,8 @@ impl Evaluation {
 impl Against {
     fn new(control: &Control, own: &Arm, other: &Arm) -> Self {
         let kl = Ratio::of(&kl(own), &kl(other));
-        let verdict = match kl.and_then(|ratio| ratio.is_less()) {
+        let enough = own.measures.len() >= ENOUGH;
+        let verdict = match kl.filter(|_| enough).and_then(|ratio| ratio.is_less()) {
             Some(true) => Verdict::Better,
             Some(false) => Verdict::Worse,
             None => Verdict::Undecided,

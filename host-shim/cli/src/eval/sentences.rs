@@ -1,9 +1,10 @@
 //! What was found, in words.
 
 use super::controls::{CONTROLS, Control};
-use super::{Against, FAULTS, Verdict};
+use super::{Against, ENOUGH, Verdict};
+use crate::account::FAULTS;
 use crate::arm::FULL;
-use crate::format::{fixed, mebibytes, percent, plain};
+use crate::format::{bracketed, fixed, listed, mebibytes, percent, plain};
 use crate::results::{Arm, Comparison};
 use crate::stats::{Discordant, Estimate, Interval, Proportion, Ratio};
 
@@ -60,9 +61,9 @@ pub(super) fn costs(comparison: &Comparison, own: &Arm) -> Vec<String> {
         format!(
             "KL to the full cache {} nats a token{}; the same likeliest token in {} % of places{}.",
             plain(of_own.kl.mean),
-            bracketed(of_own.kl.interval()),
+            bracketed(of_own.kl.interval().map(|i| not_beyond(i, f64::INFINITY))),
             plain(of_own.top1_agreement.mean * 100.0),
-            bracketed(percent(&of_own.top1_agreement).interval().map(|i| Interval { high: i.high.min(100.0), ..i })),
+            bracketed(percent(&of_own.top1_agreement).interval().map(|i| not_beyond(i, 100.0))),
         ),
         perplexity(comparison, own),
     ];
@@ -71,10 +72,15 @@ pub(super) fn costs(comparison: &Comparison, own: &Arm) -> Vec<String> {
     costs.push(format!(
         "Its hooks take {} ms for a prompt of {tokens} tokens{}, {} us a token.",
         plain(of_own.hook_ms.mean),
-        bracketed(of_own.hook_ms.interval()),
+        bracketed(of_own.hook_ms.interval().map(|i| not_beyond(i, f64::INFINITY))),
         plain(of_own.hook_ms.mean * 1e3 / tokens.max(1) as f64),
     ));
     costs
+}
+
+/// Student's interval knows nothing of the ends that a measure has.
+fn not_beyond(interval: Interval, most: f64) -> Interval {
+    Interval { low: interval.low.max(0.0), high: interval.high.min(most) }
 }
 
 fn perplexity(comparison: &Comparison, own: &Arm) -> String {
@@ -124,6 +130,9 @@ pub(super) fn against(control: &Control, kl: Option<Ratio>, verdict: Verdict, pa
         return format!("Against {title}: no comparison, since a KL of 0 has no ratio.");
     };
     let of_its = format!("KL {} of its{}", plain(ratio.value), bracketed(ratio.interval));
+    if passages < ENOUGH {
+        return format!("Against {title}: {} cannot tell; KL {} of its.", passages_of(passages), plain(ratio.value));
+    }
     match verdict {
         Verdict::Better => format!("Better than {title}: {of_its}."),
         Verdict::Worse => {
@@ -163,20 +172,6 @@ pub(super) fn conclusion(against: &[Against]) -> String {
     format!("{first}: {}.", parts.join("; "))
 }
 
-/// ` (95 % interval 0.63 to 0.80)`; nothing without one.
-fn bracketed(interval: Option<Interval>) -> String {
-    interval.map_or_else(String::new, |interval| {
-        format!(" (95 % interval {} to {})", plain(interval.low), plain(interval.high))
-    })
-}
-
 fn passages_of(n: usize) -> String {
     if n == 1 { "one passage".into() } else { format!("these {n} passages") }
-}
-
-fn listed(names: &[&str]) -> String {
-    match names {
-        [rest @ .., last] if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
-        _ => names.concat(),
-    }
 }

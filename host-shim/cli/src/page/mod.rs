@@ -5,6 +5,7 @@ mod bars;
 mod differences;
 mod facts;
 mod headline;
+pub mod record;
 mod survivors;
 mod svg;
 mod tradeoff;
