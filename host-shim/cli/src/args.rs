@@ -242,6 +242,9 @@ pub struct Report {
     /// The record, JSON lines
     #[arg(value_name = "RECORD")]
     pub record: PathBuf,
+    /// The arm that the others are compared with; by default the one with the most sequences
+    #[arg(long, value_name = "ARM")]
+    pub against: Option<String>,
     /// Write one self-contained HTML page with plots
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,

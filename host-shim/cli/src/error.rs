@@ -115,6 +115,14 @@ pub enum CliError {
         /// The first thing that is wrong with it.
         why: String,
     },
+    /// The arm to compare with is in no part of the record.
+    #[error("{path} has no arm `{name}`; `kvhook report` without --against lists the arms")]
+    NoSuchArm {
+        /// The name.
+        name: String,
+        /// The record.
+        path: PathBuf,
+    },
     /// A file is not a plugin.
     #[error(transparent)]
     Plugin(HostError),
@@ -167,6 +175,7 @@ impl CliError {
             | Self::Keep(_)
             | Self::Prompts { .. }
             | Self::EmptyRecord { .. }
+            | Self::NoSuchArm { .. }
             | Self::ProjectExists { .. }
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }

@@ -23,6 +23,17 @@ pub fn plain(value: f64) -> String {
     }
 }
 
+/// About three significant digits, for ratios and ends of intervals.
+pub fn brief(value: f64) -> String {
+    match value.abs() {
+        a if a >= 99.95 => fixed(value, 0),
+        a if a >= 9.995 => fixed(value, 1),
+        a if a >= 0.9995 => fixed(value, 2),
+        a if a >= 0.0995 => fixed(value, 3),
+        _ => plain(value),
+    }
+}
+
 /// `mean±error`, rounded where the standard error says that digits end: one digit of it, or two when it begins with 1
 /// or 2, but no more than four digits of the mean. Without an error, or with one too small to show, [`plain`].
 pub fn with_error(estimate: &Estimate) -> String {
@@ -74,7 +85,7 @@ pub fn moment(at: f64) -> String {
 /// ` (95 % interval 0.63 to 0.80)`; nothing without an interval.
 pub fn bracketed(interval: Option<Interval>) -> String {
     interval.map_or_else(String::new, |interval| {
-        format!(" (95 % interval {} to {})", plain(interval.low), plain(interval.high))
+        format!(" (95 % interval {} to {})", brief(interval.low), brief(interval.high))
     })
 }
 
@@ -115,6 +126,8 @@ mod tests {
         assert_eq!(plain(0.012_345), "0.0123");
         assert_eq!(plain(12_345.6), "12346");
         assert_eq!(plain(f64::INFINITY), NONE);
+        let briefly = [0.946_8, 1.504_4, 19.3, 1400.2, 0.034_56, 0.0].map(brief);
+        assert_eq!(briefly, ["0.947", "1.50", "19.3", "1400", "0.0346", "0"]);
         assert_eq!(mebibytes(23.6 * 1024.0 * 1024.0), "23.6");
     }
 }

@@ -4,7 +4,7 @@ use super::controls::{CONTROLS, Control};
 use super::{Against, ENOUGH, Verdict};
 use crate::account::FAULTS;
 use crate::arm::FULL;
-use crate::format::{bracketed, fixed, listed, mebibytes, percent, plain};
+use crate::format::{bracketed, brief, fixed, listed, mebibytes, percent, plain};
 use crate::results::{Arm, Comparison};
 use crate::stats::{Discordant, Estimate, Interval, Proportion, Ratio};
 
@@ -129,14 +129,14 @@ pub(super) fn against(control: &Control, kl: Option<Ratio>, verdict: Verdict, pa
     let Some(ratio) = kl else {
         return format!("Against {title}: no comparison, since a KL of 0 has no ratio.");
     };
-    let of_its = format!("KL {} of its{}", plain(ratio.value), bracketed(ratio.interval));
+    let of_its = format!("KL {} of its{}", brief(ratio.value), bracketed(ratio.interval));
     if passages < ENOUGH {
-        return format!("Against {title}: {} cannot tell; KL {} of its.", passages_of(passages), plain(ratio.value));
+        return format!("Against {title}: {} cannot tell; KL {} of its.", passages_of(passages), brief(ratio.value));
     }
     match verdict {
         Verdict::Better => format!("Better than {title}: {of_its}."),
         Verdict::Worse => {
-            format!("Worse than {title}: KL {} times its{}.", plain(ratio.value), bracketed(ratio.interval))
+            format!("Worse than {title}: KL {} times its{}.", brief(ratio.value), bracketed(ratio.interval))
         }
         Verdict::Undecided => {
             format!("No difference from {title} that {} can show: {of_its}.", passages_of(passages))

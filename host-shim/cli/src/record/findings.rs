@@ -3,10 +3,10 @@
 use super::Setting;
 use super::history::{ArmHistory, Counts, Period};
 use super::probes::{ArmProbes, Probe};
-use crate::format::{bracketed, fixed, mebibytes, percent, plain};
+use crate::format::{bracketed, brief, fixed, mebibytes, percent, plain};
 use crate::stats::{Discordant, Estimate, Interval, Ratio};
 
-/// Fewer periods or prompts than this tell nothing of differences.
+/// Fewer periods or prompts than this tell nothing of differences, and none is spoken of.
 const ENOUGH: usize = 5;
 
 /// What one engine with one model shows.
@@ -14,7 +14,7 @@ const ENOUGH: usize = 5;
 pub struct Findings<'a> {
     /// The arms: those that served first, then those that were only probed.
     pub arms: Vec<Arm<'a>>,
-    /// Index of the arm that the others are compared with: the one with the most sequences.
+    /// Index of the arm that the others are compared with.
     pub reference: usize,
     /// The sentences.
     pub sentences: Vec<Finding>,
@@ -56,8 +56,9 @@ pub enum Weight {
 }
 
 impl<'a> Findings<'a> {
-    /// Looks through a setting.
-    pub fn of(setting: &'a Setting) -> Self {
+    /// Looks through a setting. The others are compared with the arm named `against`, or else with the one with the most
+    /// sequences.
+    pub fn of(setting: &'a Setting, against: Option<&str>) -> Self {
         let history = &setting.history;
         let served = history.arms.iter().zip(history.periods()).map(|(arm, periods)| Arm {
             name: &arm.name,
@@ -73,7 +74,8 @@ impl<'a> Findings<'a> {
         }
         let sequences = |arm: &Arm<'_>| arm.history.map_or(0, |history| history.total.sequences);
         // Of equal ones the first.
-        let reference = (0..arms.len()).rev().max_by_key(|&index| sequences(&arms[index])).unwrap_or(0);
+        let most = (0..arms.len()).rev().max_by_key(|&index| sequences(&arms[index])).unwrap_or(0);
+        let reference = arms.iter().position(|arm| Some(arm.name) == against).unwrap_or(most);
         let mut sentences: Vec<Finding> = arms.iter().flat_map(alone).collect();
         if let Some(reference) = arms.get(reference) {
             let others = arms.iter().filter(|arm| arm.name != reference.name);
@@ -161,25 +163,20 @@ fn rates(
     let (name, other) = (arm.name, reference.name);
     let ratio = Ratio::of_rates(&samples)?;
     if samples.len() < ENOUGH {
-        let text = format!(
-            "{name} {verb} {} times {as_much} {other} in {}: too few to tell more.",
-            plain(ratio.value),
-            counted(samples.len(), "period", "periods")
-        );
-        return Some(finding(Weight::Undecided, text));
+        return None;
     }
     let bracket = bracketed(ratio.interval);
     let periods = samples.len();
     Some(match ratio.is_less() {
         Some(_) => finding(
             Weight::Difference,
-            format!("{name} {verb} {} times {as_much} {other}{bracket}, {periods} periods.", plain(ratio.value)),
+            format!("{name} {verb} {} times {as_much} {other}{bracket}, {periods} periods.", brief(ratio.value)),
         ),
         None => finding(
             Weight::Undecided,
             format!(
                 "{name} {verb} about {as_much} {other}: no difference that {periods} periods can show, {} times{bracket}.",
-                plain(ratio.value)
+                brief(ratio.value)
             ),
         ),
     })
@@ -225,7 +222,7 @@ fn divergence(name: &str, other_name: &str, own: &ArmProbes, other: &ArmProbes) 
     let pairs = own.pairs(other).filter_map(|(own, other)| Some((own.kl?, other.kl?)));
     let (own, other): (Vec<f64>, Vec<f64>) = pairs.unzip();
     let ratio = Ratio::of(&own, &other)?;
-    let (times, n) = (plain(ratio.value), own.len());
+    let (times, n) = (brief(ratio.value), own.len());
     let bracket = bracketed(ratio.interval);
     if n < ENOUGH {
         return None;

@@ -72,6 +72,13 @@ pub struct Setting {
     pub probes: Probes,
 }
 
+impl Setting {
+    /// Whether an arm of this name served or was probed.
+    pub fn has_arm(&self, name: &str) -> bool {
+        self.history.arms.iter().any(|arm| arm.name == name) || self.probes.arm(name).is_some()
+    }
+}
+
 /// A line that does not count.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {

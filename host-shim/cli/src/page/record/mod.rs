@@ -9,8 +9,8 @@ use super::{counted, document, swatch};
 use crate::format::moment;
 use crate::record::{Arm, Findings, Record, Setting, Weight};
 
-/// The page as text. `name` is the record's, for the heading.
-pub fn render(record: &Record, name: &str) -> String {
+/// The page as text. `name` is the record's, for the heading; `against` as in [`Findings::of`].
+pub fn render(record: &Record, name: &str, against: Option<&str>) -> String {
     document(
         &format!("kvhook: {name}"),
         html! {
@@ -20,14 +20,14 @@ pub fn render(record: &Record, name: &str) -> String {
                     @for warning in record.warnings() { p.warning { (warning) } }
                 }
                 @if record.settings.is_empty() { p { "The record holds no figures and no probes." } }
-                @for setting in &record.settings { (section(setting)) }
+                @for setting in &record.settings { (section(setting, against)) }
             }
         },
     )
 }
 
-fn section(setting: &Setting) -> Markup {
-    let findings = Findings::of(setting);
+fn section(setting: &Setting, against: Option<&str>) -> Markup {
+    let findings = Findings::of(setting, against);
     html! {
         section.setting {
             h2.setting { (setting.model) " on " (setting.engine) }
