@@ -8,6 +8,10 @@ use kvhook_engine::hooks::{CommitReport, Figures, HookTime, Movement};
 
 use crate::format::mebibytes;
 
+/// Reasons of the host that are a plugin's fault.
+pub const FAULTS: [&str; 7] =
+    ["plugin_error", "panic", "poisoned", "bad_index", "bad_count", "bad_position", "bad_plan"];
+
 /// What happened to a sequence after its first `commits` commits: one line for each compression.
 pub fn compressions(report: &SequenceReport, commits: usize) -> String {
     report.commits.iter().skip(commits).map(compression).collect()

@@ -27,6 +27,12 @@ pub enum Command {
     Run(Run),
     /// Compare several plugins or configs on the same passages
     Compare(Compare),
+    /// Measure what a plugin is worth: its quality against controls that keep as much
+    Eval(Eval),
+    /// Replay prompts on each arm of a form and uncompressed, and append what came out to a record
+    Probe(Probe),
+    /// Show what a record of an engine that served tells about its arms
+    Report(Report),
     /// Time compressions of caches of any model's shape, beside the least time that this machine allows
     Bench(Bench),
     /// Show what a plugin file or a weight file says of itself, without running it
@@ -42,7 +48,7 @@ const ABOUT: &str = "Compress the KV cache of a real model with plugins, and mea
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  done, and a check of `inspect` failed
+  1  done, and a check of `inspect` failed, or the plugin of `eval` compressed nothing or failed
   2  the command line is wrong, or a file it names cannot be used
   3  something is missing on this machine, such as the model and a network to fetch it
   4  a plugin or the model could not be loaded or run
@@ -140,6 +146,108 @@ pub struct Compare {
     /// Where the results go besides the terminal.
     #[command(flatten)]
     pub output: Output,
+}
+
+/// Options of `kvhook eval`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook eval ./libmine.so
+  kvhook eval ./libmine.so --keep 0.25 --config alpha=2 --out mine.html
+  kvhook eval truncate --config keep=0.5,history=stride --minutes 3 --json
+
+The controls are methods of `truncate` that keep as many entries of each layer as the plugin does: random
+with guard, streaming, key_diff, SnapKV. A difference is claimed only where its 95 % interval, paired over
+passages, leaves no doubt. Without --keep and without keep or budget in --config, half is kept.")]
+pub struct Eval {
+    /// Name of an installed plugin, or path of a shared library
+    #[arg(value_name = "NAME_OR_PATH")]
+    pub plugin: String,
+    /// Config of the plugin: JSON, or key=value,key=value
+    #[arg(long, value_name = "CONFIG", default_value = "", hide_default_value = true)]
+    pub config: String,
+    /// Share of the entries to keep, for plugins with a config key `keep`
+    #[arg(long, value_name = "SHARE")]
+    pub keep: Option<f64>,
+    /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct, which is fetched once
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// A UTF-8 text file to take passages from (may be given several times); by default texts that come with kvhook
+    #[arg(long = "text", value_name = "FILE")]
+    pub texts: Vec<PathBuf>,
+    /// Tokens of each passage that are prefilled and then compressed
+    #[arg(long, value_name = "T", default_value_t = 1024, value_parser = at_least_two)]
+    pub prefix: usize,
+    /// Tokens after the prefix on which the arms are scored
+    #[arg(long, value_name = "M", default_value_t = 128, value_parser = at_least_one)]
+    pub continuation: usize,
+    /// Most passages to measure
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = at_least_one)]
+    pub passages: usize,
+    /// Minutes after which no further passage is begun
+    #[arg(long, value_name = "MINUTES", default_value_t = 10.0, value_parser = above_zero)]
+    pub minutes: f64,
+    /// Where the model runs and the cache lies: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+    /// Write one self-contained HTML page with plots
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// Options of `kvhook probe`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook probe --form arms.json --prompts prompts.txt --record record.jsonl
+  kvhook report record.jsonl --out report.html
+
+FORM is the `kv_plugin` form of docs/embedding.md, with one plugin or several arms. PROMPTS has one prompt
+a line; a line that begins with a quotation mark is a JSON string, which may hold line breaks.
+docs/report.md has the format of the record.")]
+pub struct Probe {
+    /// A JSON file with the arms
+    #[arg(long, value_name = "FORM")]
+    pub form: PathBuf,
+    /// A UTF-8 text file with one prompt a line
+    #[arg(long, value_name = "PROMPTS")]
+    pub prompts: PathBuf,
+    /// The record; lines are appended
+    #[arg(long, value_name = "RECORD")]
+    pub record: PathBuf,
+    /// A Llama-architecture GGUF file to use instead of SmolLM2-135M-Instruct, which is fetched once
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
+    pub max_new_tokens: usize,
+    /// How the KV cache is laid out and stored.
+    #[command(flatten)]
+    pub cache: CacheOptions,
+}
+
+/// Options of `kvhook report`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook report record.jsonl
+  kvhook report record.jsonl --out report.html
+
+Lines that cannot be read are told with their numbers, and the others count. A difference between arms is
+claimed only where its 95 % interval leaves no doubt. docs/report.md has the format and the statistics.")]
+pub struct Report {
+    /// The record, JSON lines
+    #[arg(value_name = "RECORD")]
+    pub record: PathBuf,
+    /// The arm that the others are compared with; by default the one with the most sequences
+    #[arg(long, value_name = "ARM")]
+    pub against: Option<String>,
+    /// Write one self-contained HTML page with plots
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
 }
 
 /// Options of `kvhook bench`.
@@ -412,6 +520,13 @@ fn at_least_two(text: &str) -> Result<usize, String> {
     at_least(text, 2)
 }
 
+fn above_zero(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 => Ok(value),
+        _ => Err("expected a number above 0".into()),
+    }
+}
+
 fn at_least(text: &str, least: usize) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(value) if value >= least => Ok(value),
@@ -469,6 +584,8 @@ mod tests {
             ("kvhook demo --device gpu", "expected cpu, cuda or cuda:N"),
             ("kvhook inspect", "<FILE>"),
             ("kvhook bench", "--device"),
+            ("kvhook eval", "<NAME_OR_PATH>"),
+            ("kvhook eval x --minutes 0", "above 0"),
             ("kvhook bench --device tpu", "cpu, cuda"),
             ("kvhook convert in", "<OUT>"),
             ("kvhook convert in out --to v3", "v1, v2"),

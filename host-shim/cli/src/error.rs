@@ -8,7 +8,7 @@ use kvhook_mlp_weights::WeightsError;
 
 use crate::bench::error::BenchError;
 
-/// Exit code when a command did its work and the answer is no: a check of `inspect` failed.
+/// Exit code when a command did its work and the answer is no: a check of `inspect` failed, or the plugin of `eval`.
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
 pub const EXIT_USAGE: u8 = 2;
@@ -81,6 +81,48 @@ pub enum CliError {
         /// What the host said.
         source: kvhook_engine::Error,
     },
+    /// The share to keep does not go with the plugin or its config.
+    #[error("{0}")]
+    Keep(String),
+    /// The plugin of `eval` left its first prompt as it was.
+    #[error(
+        "`{name}` compressed nothing of a prompt of {rows} tokens, so there is nothing to evaluate: {why}; \
+         docs/errors.md says what the reasons mean, and `kvhook run -vv` shows what the plugin logs"
+    )]
+    NothingCompressed {
+        /// The plugin's arm.
+        name: String,
+        /// Tokens of the prompt.
+        rows: usize,
+        /// The host's reasons.
+        why: String,
+    },
+    /// A file of prompts cannot be used.
+    #[error("{path}, line {line}: {what}; a line holds a prompt, as it stands or as a JSON string")]
+    Prompts {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line.
+        line: usize,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A record has no line that counts.
+    #[error("{path} is no record of kvhook: {why}; docs/report.md has the format")]
+    EmptyRecord {
+        /// The file.
+        path: PathBuf,
+        /// The first thing that is wrong with it.
+        why: String,
+    },
+    /// The arm to compare with is in no part of the record.
+    #[error("{path} has no arm `{name}`; `kvhook report` without --against lists the arms")]
+    NoSuchArm {
+        /// The name.
+        name: String,
+        /// The record.
+        path: PathBuf,
+    },
     /// A file is not a plugin.
     #[error(transparent)]
     Plugin(HostError),
@@ -130,6 +172,10 @@ impl CliError {
             | Self::Terms { .. }
             | Self::NotUtf8 { .. }
             | Self::DuplicateArm(_)
+            | Self::Keep(_)
+            | Self::Prompts { .. }
+            | Self::EmptyRecord { .. }
+            | Self::NoSuchArm { .. }
             | Self::ProjectExists { .. }
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }
@@ -149,6 +195,7 @@ impl CliError {
             }
             Self::Bench(BenchError::Weights(_)) => EXIT_OUTPUT,
             Self::Bench(_) | Self::Engine(_) | Self::Arm { .. } | Self::Plugin(_) => EXIT_ENGINE,
+            Self::NothingCompressed { .. } => EXIT_CHECK_FAILED,
             Self::Write { .. } => EXIT_OUTPUT,
         }
     }

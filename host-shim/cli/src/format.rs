@@ -1,6 +1,8 @@
 //! Numbers as readers see them, in the terminal and on the page.
 
-use crate::stats::Estimate;
+use std::time::{Duration, SystemTime};
+
+use crate::stats::{Estimate, Interval};
 
 /// Stands where there is no number.
 pub const NONE: &str = "–";
@@ -18,6 +20,17 @@ pub fn plain(value: f64) -> String {
         a if a < 1e-4 => format!("{value:.1e}"),
         // The epsilon lets 99.999, which is shown as 100.0, count as a number of three digits.
         a => fixed(value, (3 - (a * 1.00005).log10().floor() as i32).clamp(0, 4) as usize),
+    }
+}
+
+/// About three significant digits, for ratios and ends of intervals.
+pub fn brief(value: f64) -> String {
+    match value.abs() {
+        a if a >= 99.95 => fixed(value, 0),
+        a if a >= 9.995 => fixed(value, 1),
+        a if a >= 0.9995 => fixed(value, 2),
+        a if a >= 0.0995 => fixed(value, 3),
+        _ => plain(value),
     }
 }
 
@@ -58,6 +71,32 @@ pub fn percent(estimate: &Estimate) -> Estimate {
     Estimate { mean: estimate.mean * 100.0, standard_error: estimate.standard_error.map(|e| e * 100.0), n: estimate.n }
 }
 
+/// Seconds since 1970-01-01 UTC as a date and a time, to the second; a dash for what no calendar has.
+pub fn moment(at: f64) -> String {
+    // Until the year 9999, where the form ends.
+    let since = Some(at)
+        .filter(|at| *at < 2.5e11)
+        .and_then(|at| Duration::try_from_secs_f64(at).ok())
+        .and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
+    let text = since.map(|at| humantime::format_rfc3339_seconds(at).to_string().replace('T', " ").replace('Z', " UTC"));
+    text.unwrap_or_else(|| NONE.into())
+}
+
+/// ` (95 % interval 0.63 to 0.80)`; nothing without an interval.
+pub fn bracketed(interval: Option<Interval>) -> String {
+    interval.map_or_else(String::new, |interval| {
+        format!(" (95 % interval {} to {})", brief(interval.low), brief(interval.high))
+    })
+}
+
+/// `a, b and c`.
+pub fn listed(names: &[&str]) -> String {
+    match names {
+        [rest @ .., last] if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        _ => names.concat(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +126,8 @@ mod tests {
         assert_eq!(plain(0.012_345), "0.0123");
         assert_eq!(plain(12_345.6), "12346");
         assert_eq!(plain(f64::INFINITY), NONE);
+        let briefly = [0.946_8, 1.504_4, 19.3, 1400.2, 0.034_56, 0.0].map(brief);
+        assert_eq!(briefly, ["0.947", "1.50", "19.3", "1400", "0.0346", "0"]);
         assert_eq!(mebibytes(23.6 * 1024.0 * 1024.0), "23.6");
     }
 }

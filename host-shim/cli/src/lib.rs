@@ -4,6 +4,8 @@
 //! * [`measure`] runs arms over passages with the reference engine.
 //! * [`results`] holds what was measured; [`table`] and [`page`] show it in the terminal and in the browser, and
 //!   [`report`] hands it out.
+//! * [`eval`] judges a plugin by such a comparison with controls.
+//! * [`record`] reads and judges what an engine wrote down while it served.
 //! * [`mod@bench`] times compressions of caches without a model.
 //! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
 //! * [`project`] writes the project of a new plugin.
@@ -15,6 +17,7 @@ pub mod arm;
 pub mod bench;
 pub mod commands;
 pub mod error;
+pub mod eval;
 pub mod files;
 pub mod format;
 pub mod inspect;
@@ -27,6 +30,7 @@ pub mod passages;
 pub mod plugins;
 pub mod progress;
 pub mod project;
+pub mod record;
 pub mod report;
 pub mod results;
 pub mod stats;

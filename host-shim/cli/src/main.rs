@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kvhook::args::{Cli, Command};
-use kvhook::commands::{bench, compare, convert, demo, inspect, new, run};
+use kvhook::commands::{bench, compare, convert, demo, eval, inspect, new, probe, report, run};
 use kvhook::error::CliError;
 use kvhook::logs;
 
@@ -25,6 +25,9 @@ fn execute(command: &Command) -> Result<ExitCode, CliError> {
         Command::Demo(options) => demo::execute(options)?,
         Command::Run(options) => run::execute(options)?,
         Command::Compare(options) => compare::execute(options)?,
+        Command::Eval(options) => return eval::execute(options),
+        Command::Probe(options) => probe::execute(options)?,
+        Command::Report(options) => report::execute(options)?,
         Command::Bench(options) => bench::execute(options)?,
         Command::Inspect(options) => return inspect::execute(options),
         Command::Convert(options) => convert::execute(options)?,

@@ -2,7 +2,8 @@
 
 use comfy_table::{Cell, CellAlignment, ColumnConstraint, ContentArrangement, LineStyle, Table, TableStyle};
 
-use crate::format::{fixed, mebibytes, optional, percent, plain, with_error};
+use crate::format::{NONE, fixed, mebibytes, optional, percent, plain, with_error};
+use crate::record::{ArmProbes, Findings};
 use crate::results::{ArmSummary, Comparison};
 
 /// Widest line that is printed, in characters.
@@ -84,6 +85,41 @@ pub fn first_words(comparison: &Comparison, passage: usize) -> String {
         }
     }
     table.trim_fmt()
+}
+
+/// What arms did while an engine served, and how their probes fared: one row for each arm.
+pub fn arms(findings: &Findings<'_>) -> String {
+    let header = [
+        "arm",
+        "sequences",
+        "kept\n%",
+        "given back\nMiB",
+        "hooks\nus/token",
+        "not\ncompressed",
+        "probes",
+        "same\nanswer",
+        "same tokens\n%",
+        "KL\nnats/token",
+    ];
+    let rows = findings.arms.iter().map(|arm| {
+        let total = arm.history.map(|history| &history.total);
+        let differing = arm.probes.and_then(ArmProbes::differing);
+        let kept = total.and_then(|total| total.kept().or(total.shadow_kept()));
+        let cell = |value: Option<String>| value.unwrap_or_else(|| NONE.into());
+        vec![
+            arm.name.to_owned(),
+            cell(total.map(|total| total.sequences.to_string())),
+            cell(kept.map(|kept| fixed(kept * 100.0, 1))),
+            cell(total.map(|total| mebibytes(total.bytes_freed as f64))),
+            cell(total.and_then(|total| total.hook_ns_per_token()).map(|ns| plain(ns / 1e3))),
+            cell(total.map(|total| total.fallbacks.to_string())),
+            cell(differing.map(|differing| differing.asked.to_string())),
+            cell(differing.map(|differing| (differing.asked - differing.yes).to_string())),
+            optional(arm.probes.and_then(ArmProbes::same_tokens).as_ref().map(percent).as_ref()),
+            optional(arm.probes.and_then(ArmProbes::kl).as_ref()),
+        ]
+    });
+    format!("{}\n", lines(&header, rows))
 }
 
 /// Fallbacks by reason, or nothing when there were none.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use kvhook_engine::hooks::{Figures, HookTime};
+use kvhook_engine::hooks::{Figures, HookTime, Source};
 use kvhook_engine::quality::{argmax, nll};
 use kvhook_engine::rank::Phase;
 use kvhook_engine::runner::{Logits, LogitsRow, Work};
@@ -11,7 +11,7 @@ use kvhook_engine::{ArmConfig, Begin, PluginConfig, Runner, Scoring, SequenceId}
 
 use super::Plan;
 use super::passage::Prepared;
-use crate::account::hook_times;
+use crate::account::{self, hook_times};
 use crate::arm::{ArmSpec, NO_PLUGIN};
 use crate::error::CliError;
 use crate::model::Loaded;
@@ -32,6 +32,17 @@ pub(super) struct Bench {
     runner: Runner,
 }
 
+/// What an arm leaves of a prompt.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Remains {
+    /// Rows of each layer before.
+    pub rows: usize,
+    /// Rows of each layer after; None where nothing was compressed.
+    pub lengths: Option<Vec<usize>>,
+    /// Why not, in words, one line for each reason.
+    pub why: String,
+}
+
 /// What was seen of one arm on one passage.
 pub(super) struct Observed {
     /// Logits behind x_{T-1} and all of y but its last token.
@@ -49,12 +60,26 @@ impl Bench {
         let folders = plugins::folders(plan.arms.iter().map(|arm| arm.plugin.as_str()));
         let config = PluginConfig { folders, ..PluginConfig::default() };
         let runner = Runner::with_plugins(loaded.model.clone(), plan.cache.with_room_for(rows), &config)?;
-        for arm in plan.arms {
-            let own = ArmConfig::new(&arm.name, &arm.plugin, &arm.config);
-            let set = runner.plugins().map_or(Ok(()), |plugins| plugins.set_arm(&own, config.source));
-            set.map_err(|source| CliError::Arm { name: arm.name.clone(), source })?;
-        }
-        Ok(Self { runner })
+        let bench = Self { runner };
+        plan.arms.iter().try_for_each(|arm| bench.add(arm))?;
+        Ok(bench)
+    }
+
+    /// Loads the plugin of one more arm.
+    pub(super) fn add(&self, arm: &ArmSpec) -> Result<(), CliError> {
+        let own = ArmConfig::new(&arm.name, &arm.plugin, &arm.config);
+        let set = self.runner.plugins().map_or(Ok(()), |plugins| plugins.set_arm(&own, Source::Operator));
+        set.map_err(|source| CliError::Arm { name: arm.name.clone(), source })
+    }
+
+    /// Runs an arm on a passage's prefix only.
+    pub(super) fn try_out(&mut self, arm: &ArmSpec, prepared: &Prepared) -> Result<Remains, CliError> {
+        let prompt = &prepared.prefix[..prepared.prefix.len() - 1];
+        let (id, _) = self.runner.prefill_on(&begin(Some(arm), prompt), CHUNK)?;
+        let report = self.runner.report(id)?;
+        let lengths = report.commits.last().map(|commit| commit.lengths_after.clone());
+        self.runner.free(id)?;
+        Ok(Remains { rows: prompt.len(), lengths, why: account::fallbacks(&report) })
     }
 
     /// Name of the device, if that is not the processor.

@@ -22,6 +22,8 @@ use crate::progress::Progress;
 use crate::results::{Arm, Comparison, FORMAT, Measures, Model, Passage, Quality, Settings, SurvivorCounter};
 
 use bench::{Bench, Observed};
+
+pub use bench::Remains;
 use passage::Prepared;
 
 /// Bins of a survivor map.
@@ -59,52 +61,145 @@ pub struct Plan<'a> {
 /// [`CliError::TooLittleText`]; [`CliError::Arm`] for a plugin that cannot be loaded or refuses its config;
 /// [`CliError::Engine`].
 pub fn compare(loaded: &Loaded, plan: &Plan<'_>) -> Result<Comparison, CliError> {
-    let date = machine::now();
-    let prepared = passage::prepare(&loaded.model.tokenizer, plan)?;
-    let mut bench = Bench::new(loaded, plan)?;
-    let mut arms: Vec<Measured> = [None].into_iter().chain(plan.arms.iter().map(Some)).map(Measured::new).collect();
-    let progress = Progress::steps("", (prepared.len() * arms.len()) as u64);
-    let mut passages = Vec::new();
-    for prepared in &prepared {
+    let mut session = Session::new(loaded, plan)?;
+    let progress = Progress::steps("", (session.passages() * session.arms()) as u64);
+    while session.measured() < session.passages() {
+        session.measure(&progress)?;
+    }
+    session.finish()
+}
+
+/// A comparison that is going on.
+pub struct Session<'a> {
+    loaded: &'a Loaded,
+    plan: Plan<'a>,
+    date: String,
+    bench: Bench,
+    /// Passages in the order in which they are measured.
+    prepared: Vec<Prepared>,
+    arms: Vec<Measured>,
+    /// Those that are measured.
+    passages: Vec<Passage>,
+}
+
+impl<'a> Session<'a> {
+    /// Takes the passages out of the texts and loads the plugins.
+    ///
+    /// # Errors
+    /// As [`compare`].
+    pub fn new(loaded: &'a Loaded, plan: &Plan<'a>) -> Result<Self, CliError> {
+        let date = machine::now();
+        let prepared = passage::prepare(&loaded.model.tokenizer, plan)?;
+        let bench = Bench::new(loaded, plan)?;
+        let arms = [None].into_iter().chain(plan.arms.iter().cloned().map(Some)).map(Measured::new).collect();
+        Ok(Self { loaded, plan: *plan, date, bench, prepared, arms, passages: Vec::new() })
+    }
+
+    /// Number of passages.
+    pub fn passages(&self) -> usize {
+        self.prepared.len()
+    }
+
+    /// Number of passages that are measured.
+    pub fn measured(&self) -> usize {
+        self.passages.len()
+    }
+
+    /// Number of arms, the uncompressed run among them.
+    pub fn arms(&self) -> usize {
+        self.arms.len()
+    }
+
+    /// Goes through the passages in an order whose beginning is spread over all texts, too.
+    pub fn scatter(&mut self) {
+        let mut places: Vec<Option<Prepared>> = std::mem::take(&mut self.prepared).into_iter().map(Some).collect();
+        let order = scattered(places.len());
+        self.prepared = order.into_iter().filter_map(|place| places[place].take()).collect();
+    }
+
+    /// Adds an arm whose plugin has a bare name, before the first passage is measured.
+    ///
+    /// # Errors
+    /// [`CliError::Arm`].
+    pub fn add(&mut self, arm: ArmSpec) -> Result<(), CliError> {
+        self.bench.add(&arm)?;
+        self.arms.push(Measured::new(Some(arm)));
+        Ok(())
+    }
+
+    /// Runs an arm on the next passage's prefix and looks at what is left of it.
+    ///
+    /// # Errors
+    /// [`CliError::Engine`].
+    pub fn try_out(&mut self, arm: &ArmSpec) -> Result<Remains, CliError> {
+        match self.prepared.get(self.passages.len()) {
+            Some(prepared) => self.bench.try_out(arm, prepared),
+            None => Ok(Remains::default()),
+        }
+    }
+
+    /// Measures all arms on the next passage, one step of `progress` for each arm.
+    ///
+    /// # Errors
+    /// [`CliError::Engine`].
+    pub fn measure(&mut self, progress: &Progress) -> Result<(), CliError> {
+        let Some(prepared) = self.prepared.get(self.passages.len()) else { return Ok(()) };
         let mut full = None;
-        for arm in &mut arms {
+        for arm in &mut self.arms {
             progress.say(&arm.name());
-            let observed = bench.observe(arm.spec, prepared)?;
+            let observed = self.bench.observe(arm.spec.as_ref(), prepared)?;
             let (passage, rows) = match &full {
                 Some(baseline) => baseline,
-                None => full.insert((bench.passage(prepared, &observed)?, observed.rows.clone())),
+                None => full.insert((self.bench.passage(prepared, &observed)?, observed.rows.clone())),
             };
             arm.add(observed, rows, prepared, passage);
             progress.step();
         }
-        passages.extend(full.map(|(passage, _)| passage));
+        self.passages.extend(full.map(|(passage, _)| passage));
+        Ok(())
     }
-    Ok(Comparison {
-        format: FORMAT,
-        date,
-        machine: machine::this_machine(bench.accelerator()),
-        model: describe(loaded),
-        settings: settings(plan),
-        passages,
-        arms: arms.into_iter().map(|arm| arm.finish(&bench, plan)).collect::<Result<_, _>>()?,
-    })
+
+    /// What was measured.
+    ///
+    /// # Errors
+    /// [`CliError::Engine`].
+    pub fn finish(self) -> Result<Comparison, CliError> {
+        let Self { loaded, plan, date, bench, arms, passages, .. } = self;
+        Ok(Comparison {
+            format: FORMAT,
+            date,
+            machine: machine::this_machine(bench.accelerator()),
+            model: describe(loaded),
+            settings: settings(&plan),
+            passages,
+            arms: arms.into_iter().map(|arm| arm.finish(&bench, &plan)).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// An order of `n` places in which neighbours lie about 0.62 `n` apart: its beginnings are spread as well.
+fn scattered(n: usize) -> Vec<usize> {
+    let golden = (n as f64 * 0.618_034).round() as usize;
+    let divides = |step: &usize| (2..=*step).any(|factor| step % factor == 0 && n % factor == 0);
+    let step = (golden.max(1)..).find(|step| !divides(step)).unwrap_or(1);
+    (0..n).map(|i| i * step % n).collect()
 }
 
 /// An arm and what was measured of it so far; without a spec the uncompressed run.
-struct Measured<'a> {
-    spec: Option<&'a ArmSpec>,
+struct Measured {
+    spec: Option<ArmSpec>,
     measures: Vec<Measures>,
     /// Surviving positions of each passage, by layer, for each KV head of each rank.
     survivors: Vec<Vec<Vec<Vec<u32>>>>,
 }
 
-impl<'a> Measured<'a> {
-    fn new(spec: Option<&'a ArmSpec>) -> Self {
+impl Measured {
+    fn new(spec: Option<ArmSpec>) -> Self {
         Self { spec, measures: Vec::new(), survivors: Vec::new() }
     }
 
     fn name(&self) -> String {
-        self.spec.map_or(FULL, |spec| &spec.name).to_owned()
+        self.spec.as_ref().map_or(FULL, |spec| &spec.name).to_owned()
     }
 
     fn add(&mut self, observed: Observed, full: &[LogitsRow], prepared: &Prepared, passage: &Passage) {
@@ -116,7 +211,7 @@ impl<'a> Measured<'a> {
     }
 
     fn finish(self, bench: &Bench, plan: &Plan<'_>) -> Result<Arm, CliError> {
-        let survivors = self.spec.map(|_| {
+        let survivors = self.spec.as_ref().map(|_| {
             let layers = self.survivors.first().map_or(0, Vec::len);
             let mut counter = SurvivorCounter::new(layers, plan.prefix - 1, SURVIVOR_BINS);
             for (layer, heads) in self.survivors.iter().flat_map(|of_passage| of_passage.iter().enumerate()) {
@@ -128,10 +223,10 @@ impl<'a> Measured<'a> {
         });
         Ok(Arm {
             name: self.name(),
-            plugin: self.spec.map(|spec| spec.plugin.clone()),
-            config: self.spec.map_or_else(String::new, |spec| spec.config.clone()),
+            fallbacks: self.spec.as_ref().map_or(Ok(BTreeMap::new()), |spec| bench.fallbacks(spec))?,
+            plugin: self.spec.as_ref().map(|spec| spec.plugin.clone()),
+            config: self.spec.map_or_else(String::new, |spec| spec.config),
             measures: self.measures,
-            fallbacks: self.spec.map_or(Ok(BTreeMap::new()), |spec| bench.fallbacks(spec))?,
             survivors,
         })
     }
@@ -157,5 +252,24 @@ fn settings(plan: &Plan<'_>) -> Settings {
         ranks: plan.cache.ranks,
         version: env!("CARGO_PKG_VERSION").into(),
         reference: plan.arms.first().map_or_else(|| FULL.into(), |arm| arm.name.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scattered_orders_hold_each_place_once_and_begin_far_apart() {
+        for n in 0..60 {
+            let order = scattered(n);
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..n).collect::<Vec<_>>());
+            // Any four of the first places lie in both halves.
+            if n >= 8 {
+                assert!(order[..4].iter().any(|place| place * 2 < n) && order[..4].iter().any(|place| place * 2 >= n));
+            }
+        }
     }
 }

@@ -5,13 +5,16 @@ mod bars;
 mod differences;
 mod facts;
 mod headline;
+pub mod record;
 mod survivors;
 mod svg;
 mod tradeoff;
+mod verdict;
 mod words;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
+use crate::eval::Evaluation;
 use crate::results::{ArmSummary, Comparison};
 
 /// Fewer passages than this get a warning: the evaluation plan asks for at least so many.
@@ -20,6 +23,46 @@ const ENOUGH_PASSAGES: usize = 8;
 /// The page as text.
 pub fn render(comparison: &Comparison) -> String {
     let summary = comparison.summary();
+    document(
+        &format!("kvhook: {}", comparison.model.name),
+        html! {
+            main {
+                header {
+                    h1 { "KV-cache compression of " (comparison.model.name) }
+                    p { (introduction(comparison)) }
+                    @if let Some(warning) = warning(comparison.passages.len()) {
+                        p.warning { (warning) }
+                    }
+                }
+                (body(comparison, &summary))
+            }
+        },
+    )
+}
+
+/// A page that begins with what is to be made of the figures.
+pub fn render_evaluation(comparison: &Comparison, evaluation: &Evaluation) -> String {
+    let summary = comparison.summary();
+    document(
+        &format!("kvhook: {}", evaluation.plugin),
+        html! {
+            main {
+                header {
+                    h1 { "What " (evaluation.plugin) " is worth on " (comparison.model.name) }
+                    (verdict::section(evaluation))
+                    p { (introduction(comparison)) " The controls keep as many entries of each layer." }
+                    @if let Some(warning) = warning(comparison.passages.len()) {
+                        p.warning { (warning) }
+                    }
+                }
+                (body(comparison, &summary))
+            }
+        },
+    )
+}
+
+/// A whole document around a body.
+fn document(title: &str, content: Markup) -> String {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -27,11 +70,11 @@ pub fn render(comparison: &Comparison) -> String {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
                 meta name="color-scheme" content="light dark";
-                title { "kvhook: " (comparison.model.name) }
+                title { (title) }
                 style { (PreEscaped(include_str!("style.css"))) }
             }
             body {
-                (body(comparison, &summary))
+                (content)
             }
         }
     }
@@ -40,26 +83,17 @@ pub fn render(comparison: &Comparison) -> String {
 
 fn body(comparison: &Comparison, summary: &[ArmSummary]) -> Markup {
     html! {
-        main {
-            header {
-                h1 { "KV-cache compression of " (comparison.model.name) }
-                p { (introduction(comparison)) }
-                @if let Some(warning) = warning(comparison.passages.len()) {
-                    p.warning { (warning) }
-                }
-            }
-            (headline::table(comparison, summary))
-            (legend(summary))
-            div.figures {
-                (tradeoff::perplexity(summary))
-                (tradeoff::divergence(summary))
-                (bars::decode_speed(summary))
-                (differences::figure(comparison, summary))
-            }
-            (survivors::section(comparison))
-            (words::section(comparison))
-            (facts::section(comparison, summary))
+        (headline::table(comparison, summary))
+        (legend(summary))
+        div.figures {
+            (tradeoff::perplexity(summary))
+            (tradeoff::divergence(summary))
+            (bars::decode_speed(summary))
+            (differences::figure(comparison, summary))
         }
+        (survivors::section(comparison))
+        (words::section(comparison))
+        (facts::section(comparison, summary))
     }
 }
 

@@ -209,6 +209,12 @@ impl Comparison {
         format!("{value:#}\n")
     }
 
+    /// The same with what was judged of it under `evaluation`.
+    pub fn to_json_with(&self, evaluation: &impl Serialize) -> String {
+        let value = serde_json::json!({ "evaluation": evaluation, "comparison": self, "summary": self.summary() });
+        format!("{value:#}\n")
+    }
+
     /// Reads what [`Comparison::to_json`] wrote; the summary is left aside, since it follows from the rest.
     /// `path` only names the source in an error.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, CliError> {

@@ -1,7 +1,31 @@
-//! Means with standard errors over passages, and proportions with an interval: the engine's, as results hold them.
+//! Means with standard errors over passages, proportions, ratios and paired counts with their intervals.
+
+mod paired;
+mod ratio;
+mod student;
 
 use kvhook_engine::quality::{summarise, wilson_interval};
 use serde::{Deserialize, Serialize};
+
+pub use paired::Discordant;
+pub use ratio::Ratio;
+pub use student::t_quantile;
+
+/// Where a value lies with a confidence of 95 %.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    /// Lower end.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+impl Interval {
+    /// Whether it holds `value`, or is no interval of numbers.
+    pub fn covers(&self, value: f64) -> bool {
+        !(value < self.low || value > self.high)
+    }
+}
 
 /// A mean over passages.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -26,6 +50,12 @@ impl Estimate {
         // One value has no spread.
         let standard_error = Some(summary.standard_error).filter(|error| summary.count > 1 && error.is_finite());
         Some(Self { mean: summary.mean, standard_error, n: summary.count })
+    }
+
+    /// The mean's 95 % interval by Student's t; None for n = 1.
+    pub fn interval(&self) -> Option<Interval> {
+        let half = t_quantile(self.n.checked_sub(1)?)? * self.standard_error?;
+        Some(Interval { low: self.mean - half, high: self.mean + half })
     }
 }
 
@@ -70,6 +100,16 @@ mod tests {
         assert!((estimate.standard_error.unwrap() - 0.755_928_946).abs() < 1e-9);
         assert_eq!(Estimate::of([3.0]).unwrap().standard_error, None);
         assert_eq!(Estimate::of([]), None);
+    }
+
+    #[test]
+    fn the_mean_of_two_has_a_closed_form() {
+        // t(1) = tan(0.475 pi), standard error 1.
+        let interval = Estimate::of([4.0, 6.0]).unwrap().interval().unwrap();
+        let half = (0.475 * std::f64::consts::PI).tan();
+        assert!((interval.low - (5.0 - half)).abs() < 1e-9 && (interval.high - (5.0 + half)).abs() < 1e-9);
+        assert_eq!(Estimate::of([3.0]).unwrap().interval(), None);
+        assert!(interval.covers(17.7) && !interval.covers(17.8));
     }
 
     #[test]
