@@ -3,6 +3,7 @@
 use kvhook_abi::kernels::Dtype;
 use kvhook_abi::raw::*;
 
+use super::file::File;
 use crate::answer::Answer;
 use crate::cache::{Form, dtype_of};
 use crate::engine::{Engine, Shape};
@@ -22,6 +23,8 @@ pub struct Subject {
     pub shape: Shape,
     /// Where all random data comes from: a check is repeated by giving the same one.
     pub seed: u64,
+    /// Its file; none: it is linked into the test, and rules about the file are not checked.
+    pub file: Option<File>,
 }
 
 // SAFETY: an entry is a static that nobody writes.
@@ -32,7 +35,7 @@ unsafe impl Sync for Subject {}
 impl Subject {
     /// Two layers with two KV heads of 16 channels, two query heads each; seed 1.
     pub fn new(entry: &'static KvhPluginEntry, config: impl Into<String>) -> Self {
-        Self { entry, config: config.into(), shape: Shape::new(2, 2, 4, 16), seed: 1 }
+        Self { entry, config: config.into(), shape: Shape::new(2, 2, 4, 16), seed: 1, file: None }
     }
 
     /// An engine for a dtype and a layout.
@@ -40,9 +43,17 @@ impl Subject {
         Engine { cache_dtype: dtype_of(dtype), block_size: form.block() as u32, ..Engine::new(self.shape) }
     }
 
+    /// An engine for f32 in blocks of 16.
+    pub(super) fn default_engine(&self) -> Engine {
+        self.engine(Dtype::F32, FORM)
+    }
+
     /// An instance for f32 in blocks of 16.
-    pub(super) fn instance(&self) -> Result<Instance, Fault> {
-        self.engine(Dtype::F32, FORM).create(self.entry, &self.config)
+    ///
+    /// # Errors
+    /// As [`Engine::create`].
+    pub fn instance(&self) -> Result<Instance, Fault> {
+        self.default_engine().create(self.entry, &self.config)
     }
 
     /// A prompt whose bytes depend on the seed and `data` only.
@@ -76,7 +87,8 @@ impl Subject {
         answers.pop().map_or_else(|| super::broken("no answer"), Ok)
     }
 
-    fn show(&self, instance: &mut Instance, prompts: &[Sequence], data: &[u64]) -> Result<(), Fault> {
+    /// Shows what is wanted of prompts.
+    pub(super) fn show(&self, instance: &mut Instance, prompts: &[Sequence], data: &[u64]) -> Result<(), Fault> {
         let needs = instance.needs()?;
         if needs.phases & KVH_PHASE_PREFILL == 0 {
             return Ok(());
