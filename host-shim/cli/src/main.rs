@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kvhook::args::{Cli, Command};
-use kvhook::commands::{bench, compare, convert, demo, inspect, new, run};
+use kvhook::commands::{bench, compare, convert, demo, inspect, new, run, validate};
 use kvhook::error::CliError;
 use kvhook::logs;
 
@@ -29,6 +29,7 @@ fn execute(command: &Command) -> Result<ExitCode, CliError> {
         Command::Inspect(options) => return inspect::execute(options),
         Command::Convert(options) => convert::execute(options)?,
         Command::New(options) => new::execute(options)?,
+        Command::Validate(options) => return validate::execute(options),
     }
     Ok(ExitCode::SUCCESS)
 }

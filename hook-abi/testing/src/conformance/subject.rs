@@ -6,7 +6,7 @@ use kvhook_abi::raw::*;
 use super::file::File;
 use crate::answer::Answer;
 use crate::cache::{Form, dtype_of};
-use crate::engine::{Engine, Shape};
+use crate::engine::{Engine, ROPE_BASE, Shape};
 use crate::fault::Fault;
 use crate::instance::{Instance, Seen};
 use crate::random::Random;
@@ -21,6 +21,8 @@ pub struct Subject {
     pub config: String,
     /// The model's shape.
     pub shape: Shape,
+    /// Base of the model's rotary positions.
+    pub rope_base: f64,
     /// Where all random data comes from: a check is repeated by giving the same one.
     pub seed: u64,
     /// Its file; none: it is linked into the test, and rules about the file are not checked.
@@ -35,12 +37,17 @@ unsafe impl Sync for Subject {}
 impl Subject {
     /// Two layers with two KV heads of 16 channels, two query heads each; seed 1.
     pub fn new(entry: &'static KvhPluginEntry, config: impl Into<String>) -> Self {
-        Self { entry, config: config.into(), shape: Shape::new(2, 2, 4, 16), seed: 1, file: None }
+        Self { entry, config: config.into(), shape: Shape::new(2, 2, 4, 16), rope_base: ROPE_BASE, seed: 1, file: None }
     }
 
     /// An engine for a dtype and a layout.
     pub(super) fn engine(&self, dtype: Dtype, form: Form) -> Engine {
-        Engine { cache_dtype: dtype_of(dtype), block_size: form.block() as u32, ..Engine::new(self.shape) }
+        Engine {
+            cache_dtype: dtype_of(dtype),
+            block_size: form.block() as u32,
+            rope_base: self.rope_base,
+            ..Engine::new(self.shape)
+        }
     }
 
     /// An engine for f32 in blocks of 16.

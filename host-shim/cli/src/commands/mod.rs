@@ -7,3 +7,4 @@ pub mod demo;
 pub mod inspect;
 pub mod new;
 pub mod run;
+pub mod validate;
