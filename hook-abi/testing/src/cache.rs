@@ -204,6 +204,11 @@ impl Layer {
         self.k.dim
     }
 
+    /// Channels of a row of V.
+    pub fn v_head_dim(&self) -> usize {
+        self.v.dim
+    }
+
     /// Element type.
     pub fn dtype(&self) -> Dtype {
         self.dtype

@@ -9,6 +9,9 @@ use crate::fault::Fault;
 use crate::host::Host;
 use crate::instance::Instance;
 
+/// Base of rotary positions, unless another one is said.
+pub const ROPE_BASE: f64 = 10_000.0;
+
 /// A model's shape, as one rank sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -66,7 +69,7 @@ impl Shape {
             cache_dtype,
             position_axes: 1,
             max_positions: 1 << 20,
-            rope_base: 10_000.0,
+            rope_base: ROPE_BASE,
             rope_frequencies: std::ptr::null(),
             rotary_dim: self.head_dim as u32,
             rope_pairing: KVH_ROPE_HALF_SPLIT,
@@ -84,6 +87,8 @@ pub struct Engine {
     pub kinds: Vec<i32>,
     /// What it says the cache holds.
     pub cache_dtype: KvhDtype,
+    /// Base of the rotary positions.
+    pub rope_base: f64,
     /// `KVH_CAN_*` bits that are offered.
     pub can: u64,
     /// Most queries of a prompt's end that it shows.
@@ -103,6 +108,7 @@ impl Engine {
             shape,
             kinds: Vec::new(),
             cache_dtype: dtype_of(Dtype::F32),
+            rope_base: ROPE_BASE,
             can: KVH_CAN_QUERIES
                 | KVH_CAN_LAYER_COUNTS
                 | KVH_CAN_STATE
@@ -127,7 +133,7 @@ impl Engine {
         let mut infos = self.shape.layer_infos();
         infos.iter_mut().zip(&self.kinds).for_each(|(info, kind)| info.kind = *kind);
         let infos = Array::sized(self.extra, infos);
-        let model = self.shape.model(self.cache_dtype, infos.raw());
+        let model = KvhModel { rope_base: self.rope_base, ..self.shape.model(self.cache_dtype, infos.raw()) };
         let offers = KvhOffers {
             struct_size: size_of::<KvhOffers>(),
             can: self.can,

@@ -70,6 +70,9 @@ pub struct Instance {
     _raw_host: Box<KvhHost>,
 }
 
+// SAFETY: a host may call an instance from any thread, one call at a time, and its mock host is shared by all.
+unsafe impl Send for Instance {}
+
 type Bound = unsafe extern "C" fn(*mut KvhInstance, *const KvhBoundArgs, *mut KvhBoundOut, *mut KvhText) -> KvhStatus;
 type Prepare =
     unsafe extern "C" fn(*mut KvhInstance, *const KvhPrepareArgs, *mut KvhPrepareOut, *mut KvhText) -> KvhStatus;

@@ -26,6 +26,7 @@ pub mod answer;
 pub mod arrays;
 pub mod assertions;
 pub mod cache;
+pub mod clock;
 pub mod conformance;
 pub mod engine;
 pub mod fault;

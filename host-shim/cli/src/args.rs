@@ -1,10 +1,15 @@
 //! Commands and options of `kvhook`.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use kvhook_engine::{CacheConfig, Device, KvDtype};
+
+use kvhook_testing::Shape;
 
 use crate::arm::ArmSpec;
 use crate::project::PluginName;
@@ -41,6 +46,8 @@ pub enum Command {
     Convert(Convert),
     /// Write the project of a new plugin, which builds and tests without any engine
     New(New),
+    /// Check a plugin file against the numbered conformance rules, each in a process of its own
+    Validate(Validate),
 }
 
 const ABOUT: &str = "Compress the KV cache of a real model with plugins, and measure what that does";
@@ -48,7 +55,11 @@ const ABOUT: &str = "Compress the KV cache of a real model with plugins, and mea
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
+<<<<<<< HEAD
   1  done, and a check of `inspect` failed, or the plugin of `eval` compressed nothing or failed
+=======
+  1  done, and a check of `inspect` failed or a rule of `validate` is broken
+>>>>>>> w7a
   2  the command line is wrong, or a file it names cannot be used
   3  something is missing on this machine, such as the model and a network to fetch it
   4  a plugin or the model could not be loaded or run
@@ -393,6 +404,89 @@ impl From<WeightOrder> for kvhook_mlp_weights::ImageOrder {
             WeightOrder::KeyFirst => Self::KeyFirst,
             WeightOrder::ValueFirst => Self::ValueFirst,
         }
+    }
+}
+
+/// Options of `kvhook validate`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvhook validate target/release/libkvhook_value_norm.so
+  kvhook validate truncate --config history=top,importance=key_norm --json
+  kvhook validate ./libmine.so --only plans-keep-the-bound,same-in-same-out --seed 7
+
+Exit code 0: all rules hold; 1: one is broken; 2: they could not be checked.
+docs/conformance.md has the rules.")]
+pub struct Validate {
+    /// Path of a shared library, or name of an installed plugin
+    #[arg(value_name = "PLUGIN")]
+    pub plugin: String,
+    /// A config that the plugin takes: JSON, or key=value,key=value
+    #[arg(long, value_name = "CONFIG", default_value = "", hide_default_value = true)]
+    pub config: String,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Only these rules, by name
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Run the plugin in this process, for a debugger: a crash ends it, and nothing ends a hang
+    #[arg(long)]
+    pub in_process: bool,
+    /// Where all random data comes from; the same number repeats a run
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Longest that one rule may take, in seconds
+    #[arg(long, value_name = "S", default_value = "300")]
+    pub timeout: Seconds,
+    /// Base of the model's rotary positions
+    #[arg(long, value_name = "BASE", default_value_t = kvhook_testing::engine::ROPE_BASE)]
+    pub rope_base: f64,
+    /// The model: layers, KV heads, query heads, channels of a head
+    #[arg(long, value_name = "L,KV,Q,D", default_value = "2,2,4,16")]
+    pub shape: ModelShape,
+}
+
+/// A time limit.
+#[derive(Debug, Clone, Copy)]
+pub struct Seconds(pub Duration);
+
+impl FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let limit = text.parse().ok().filter(|seconds: &f64| *seconds > 0.0);
+        let limit = limit.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        limit.map(Self).ok_or_else(|| "expected a number of seconds above 0".into())
+    }
+}
+
+/// A model's shape: layers, KV heads, query heads, channels of a head.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelShape(pub Shape);
+
+impl FromStr for ModelShape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers: Option<Vec<usize>> =
+            text.split(',').map(|number| number.trim().parse().ok().filter(|number| *number > 0)).collect();
+        match numbers.as_deref() {
+            Some(&[layers, kv_heads, q_heads, head_dim]) if q_heads % kv_heads == 0 => {
+                Ok(Self(Shape::new(layers, kv_heads, q_heads, head_dim)))
+            }
+            _ => {
+                Err("expected layers, KV heads, query heads (a multiple of these) and channels, such as 30,3,9,64"
+                    .into())
+            }
+        }
+    }
+}
+
+impl fmt::Display for ModelShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Shape { layers, kv_heads, q_heads, head_dim, .. } = self.0;
+        write!(f, "{layers},{kv_heads},{q_heads},{head_dim}")
     }
 }
 

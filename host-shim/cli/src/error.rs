@@ -8,7 +8,11 @@ use kvhook_mlp_weights::WeightsError;
 
 use crate::bench::error::BenchError;
 
+<<<<<<< HEAD
 /// Exit code when a command did its work and the answer is no: a check of `inspect` failed, or the plugin of `eval`.
+=======
+/// Exit code when a command did its work and the answer is no: a check of `inspect` failed, a rule is broken.
+>>>>>>> w7a
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
 pub const EXIT_USAGE: u8 = 2;
@@ -126,6 +130,17 @@ pub enum CliError {
     /// A file is not a plugin.
     #[error(transparent)]
     Plugin(HostError),
+    /// What was to be validated is not a plugin at all.
+    #[error("`{plugin}` cannot be validated: {source}")]
+    NotAPlugin {
+        /// The plugin as it was named.
+        plugin: String,
+        /// What the host said.
+        source: HostError,
+    },
+    /// A plugin's rules cannot be checked.
+    #[error("{0}")]
+    Validate(String),
     /// A weight file or checkpoint cannot be used.
     #[error("{}: {source}", path.display())]
     Weights {
@@ -177,6 +192,8 @@ impl CliError {
             | Self::EmptyRecord { .. }
             | Self::NoSuchArm { .. }
             | Self::ProjectExists { .. }
+            | Self::NotAPlugin { .. }
+            | Self::Validate(_)
             | Self::TooLittleText { .. }
             | Self::NotResults { .. }
             | Self::ResultsFormat { .. }

@@ -9,6 +9,7 @@
 //! * [`mod@bench`] times compressions of caches without a model.
 //! * [`inspect`] shows what a plugin's file says of itself, [`account`] what plugins did to one sequence.
 //! * [`project`] writes the project of a new plugin.
+//! * [`validate`] checks the conformance rules on a plugin's file, each in a process of its own.
 //! * [`weights`] reads and converts the weight files of `mlp-decouple`.
 
 pub mod account;
@@ -35,4 +36,5 @@ pub mod report;
 pub mod results;
 pub mod stats;
 pub mod table;
+pub mod validate;
 pub mod weights;

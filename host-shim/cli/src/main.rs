@@ -4,7 +4,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kvhook::args::{Cli, Command};
+<<<<<<< HEAD
 use kvhook::commands::{bench, compare, convert, demo, eval, inspect, new, probe, report, run};
+=======
+use kvhook::commands::{bench, compare, convert, demo, inspect, new, run, validate};
+>>>>>>> w7a
 use kvhook::error::CliError;
 use kvhook::logs;
 
@@ -32,6 +36,7 @@ fn execute(command: &Command) -> Result<ExitCode, CliError> {
         Command::Inspect(options) => return inspect::execute(options),
         Command::Convert(options) => convert::execute(options)?,
         Command::New(options) => new::execute(options)?,
+        Command::Validate(options) => return validate::execute(options),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -97,36 +97,7 @@ fn blocks_are_kept_whole_where_that_is_asked() {
 
 /// What a host does: keeps the rows of a plan and their positions.
 fn commit(sequence: &Sequence, answer: &Answer, grown: usize) -> Sequence {
-    let mut random = Random::new(99);
-    let layers = sequence
-        .layers
-        .iter()
-        .zip(answer.select())
-        .map(|(layer, plan)| {
-            let mut positions = Vec::new();
-            let mut keys = Vec::new();
-            for (head, kept) in plan.rows.iter().enumerate() {
-                let position = |row: &u32| match layer.positions.get(head) {
-                    Some(positions) => *positions
-                        .get(*row as usize)
-                        .unwrap_or(&(*row + sequence.next_position as u32 - layer.tokens() as u32)),
-                    None => *row,
-                };
-                positions.push(kept.iter().map(position).collect::<Vec<u32>>());
-                let mut rows: Vec<Vec<f32>> = kept.iter().map(|row| layer.keys[head][*row as usize].clone()).collect();
-                rows.extend((0..grown).map(|_| (0..layer.k_head_dim()).map(|_| random.float()).collect::<Vec<f32>>()));
-                keys.push(rows);
-            }
-            of_keys(keys, Form::HeadMajor).with_positions(positions)
-        })
-        .collect();
-    Sequence {
-        layers,
-        epoch: sequence.epoch + 1,
-        next_position: sequence.next_position + grown as u64,
-        segments: sequence.segments.clone(),
-        ..*sequence
-    }
+    sequence.committed(answer, grown, &mut Random::new(99))
 }
 
 #[test]

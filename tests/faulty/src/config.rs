@@ -1,5 +1,7 @@
 //! What the plugin does wrong, and the good it does around it.
 
+use crate::breaks::Breaks;
+
 kvhook_abi::words! {
     /// How a function fails.
     pub enum Fault {
@@ -127,6 +129,8 @@ kvhook_abi::config! {
         plan: PlanKind = "select";
         /// What is wrong with it.
         damage: Damage = "none";
+        /// Which rule it breaks beside.
+        breaks: Breaks = "nothing";
         /// Damage this layer only.
         layer: Option<u32> = null;
         /// Bytes to ask for in each kind of memory at each hook; 0: nothing is asked for.

@@ -4,6 +4,8 @@
 //! a mark in the file: a test writes another word over the mark in a copy, which is another plugin by its hash. The
 //! words are those of [`variant::WORDS`].
 
+pub mod breaks;
+pub mod broken;
 pub mod config;
 mod count;
 mod damage;

@@ -9,6 +9,7 @@ use kvhook_abi::{
     PluginError, Reason, Request, Requests, SequenceView, StepView,
 };
 
+use crate::breaks::Breaker;
 use crate::config::{BoundAnswer, Config, Damage, Fault, PlanKind};
 use crate::count::Counted;
 use crate::damage;
@@ -20,6 +21,7 @@ pub struct Faulty {
     concerned: bool,
     /// Calls of hooks so far.
     calls: u64,
+    breaker: Breaker,
     _counted: Counted,
 }
 
@@ -35,7 +37,8 @@ impl Plugin for Faulty {
         if concerned {
             misbehave(config.create, "create")?;
         }
-        Ok(Self { config, concerned, calls: 0, _counted: Counted::new() })
+        let breaker = Breaker::new(config.breaks);
+        Ok(Self { config, concerned, calls: 0, breaker, _counted: Counted::new() })
     }
 
     fn needs(&self) -> Needs {
@@ -62,12 +65,13 @@ impl Plugin for Faulty {
         if self.config.answer == BoundAnswer::TooShort {
             return Ok(Bound::Keep(Reason::TooShort));
         }
+        let more = self.breaker.more_rows();
         let count = |(layer, length): (u64, u64)| match self.config.answer {
             BoundAnswer::Above => length + 1,
             BoundAnswer::Zero => 0,
             BoundAnswer::All => length,
             BoundAnswer::Unequal => (self.kept(length) + layer).min(length),
-            BoundAnswer::Good | BoundAnswer::TooShort => self.kept(length),
+            BoundAnswer::Good | BoundAnswer::TooShort => (self.kept(length) + more).min(length),
         };
         Ok(Bound::Rows((0..).zip(args.lengths()).map(count).collect()))
     }
@@ -91,7 +95,8 @@ impl Plugin for Faulty {
         Ok(())
     }
 
-    fn on_free(&mut self, _: u64, _: FreeReason) -> Result<(), PluginError> {
+    fn on_free(&mut self, uid: u64, _: FreeReason) -> Result<(), PluginError> {
+        self.breaker.forget(uid);
         if self.acts_up() {
             misbehave(self.config.free, "on_free")?;
         }
@@ -132,12 +137,13 @@ impl Faulty {
                     call.allocate::<u8>(memory, self.config.allocate as usize)?;
                 }
             }
-            self.fill(&sequence, &mut plan)?;
+            let strays = self.breaker.strays(call, &sequence)?;
+            self.fill(&sequence, &mut plan, strays)?;
         }
         Ok(())
     }
 
-    fn fill(&self, sequence: &SequenceView<'_>, plan: &mut Plan<'_>) -> Result<(), PluginError> {
+    fn fill(&self, sequence: &SequenceView<'_>, plan: &mut Plan<'_>, strays: bool) -> Result<(), PluginError> {
         if self.config.plan == PlanKind::Keep {
             return plan.keep(Reason::Other, "the config says keep");
         }
@@ -178,7 +184,8 @@ impl Faulty {
                     }
                 }
                 PlanKind::Select | PlanKind::Keep => {
-                    plan.select_shared(index, &spread(layer.length(), count, 0))?;
+                    let spread = spread(layer.length(), count, if strays { 1 } else { 0 });
+                    plan.select_shared(index, &spread)?;
                 }
             }
         }

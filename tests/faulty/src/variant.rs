@@ -40,6 +40,11 @@ pub const WORDS: &[(&str, &str)] = &[
     ("null-free", "lacks on_free"),
     ("no-hooks", "implements no hook point"),
     ("no-instance", "create succeeds without an instance"),
+    ("any-table", "gives a table for every id"),
+    ("needs-null", "answers needs without an instance"),
+    ("needs-short", "answers needs in a struct of any size"),
+    ("any-config", "takes any config as an empty one"),
+    ("leak", "leaves memory behind in destroy"),
 ];
 
 /// The mark and the word, as tests find and overwrite them in a copy of the file.
@@ -76,6 +81,11 @@ struct Variant {
 unsafe impl Send for Variant {}
 // SAFETY: as above.
 unsafe impl Sync for Variant {}
+
+/// The entry of another variant, in this process; none in the variant that has none.
+pub fn entry_of(word: &str) -> Option<&'static KvhPluginEntry> {
+    make(word).entry.as_ref()
+}
 
 /// The entry; null in one variant.
 pub(crate) fn entry() -> *const KvhPluginEntry {
@@ -137,6 +147,11 @@ fn make(word: &str) -> &'static Variant {
         "null-needs" => entry.needs = None,
         "null-hook" => entry.hook = None,
         "no-instance" => entry.create = Some(create_nothing),
+        "any-table" => entry.hook = Some(any_table),
+        "needs-null" => entry.needs = Some(needs_nothing),
+        "needs-short" => entry.needs = Some(needs_of_any_size),
+        "any-config" => entry.create = Some(create_from_anything),
+        "leak" => entry.destroy = Some(destroy_not_all),
         _ => {}
     }
     if word != "null-entry" {
@@ -183,6 +198,48 @@ unsafe extern "C" fn no_hook(_: KvhStr) -> *const c_void {
 
 unsafe extern "C" fn create_nothing(_: *const KvhCreateArgs, _: *mut *mut KvhInstance, _: *mut KvhText) -> KvhStatus {
     KVH_OK
+}
+
+unsafe extern "C" fn any_table(_: KvhStr) -> *const c_void {
+    (&raw const variant().done).cast()
+}
+
+unsafe extern "C" fn needs_nothing(_: *mut KvhInstance, _: *mut KvhNeeds, _: *mut KvhText) -> KvhStatus {
+    KVH_OK
+}
+
+unsafe extern "C" fn needs_of_any_size(
+    instance: *mut KvhInstance,
+    needs: *mut KvhNeeds,
+    error: *mut KvhText,
+) -> KvhStatus {
+    match good().needs {
+        // SAFETY: the host's arguments, passed on.
+        Some(good) if instance.is_null() || needs.is_null() => unsafe { good(instance, needs, error) },
+        _ => KVH_OK,
+    }
+}
+
+unsafe extern "C" fn create_from_anything(
+    args: *const KvhCreateArgs,
+    instance: *mut *mut KvhInstance,
+    error: *mut KvhText,
+) -> KvhStatus {
+    let Some(good) = good().create else { return KVH_ERR_INTERNAL };
+    // SAFETY: the host's arguments, passed on with an empty config.
+    unsafe {
+        let Some(args) = args.as_ref() else { return good(args, instance, error) };
+        let args = KvhCreateArgs { config: KvhStr::new(""), ..*args };
+        good(&raw const args, instance, error)
+    }
+}
+
+unsafe extern "C" fn destroy_not_all(instance: *mut KvhInstance) {
+    vec![1u8; 1 << 14].leak();
+    if let Some(good) = good().destroy {
+        // SAFETY: the host's instance, passed on.
+        unsafe { good(instance) };
+    }
 }
 
 unsafe extern "C" fn on_prefill_done(

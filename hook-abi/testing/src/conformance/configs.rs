@@ -1,15 +1,14 @@
 //! Rules about configs.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use kvhook_abi::kernels::Dtype;
-
-use super::subject::{FORM, Subject};
-use super::{broken, holds};
+use super::broken;
+use super::subject::Subject;
+use crate::clock::Clock;
 use crate::fault::Fault;
 use crate::random::Random;
 
-/// Longest that a config may take.
+/// Longest that a config may take, in processor time.
 const LIMIT: Duration = Duration::from_secs(1);
 /// Configs that are made from the good one by changing some bytes.
 const CHANGED: usize = 500;
@@ -59,10 +58,11 @@ pub(super) fn bad_configs_are_refused(subject: &Subject) -> Result<(), Fault> {
 
 /// The plugin's words where it refuses a config.
 fn create(subject: &Subject, config: &[u8]) -> Result<Option<String>, Fault> {
-    let start = Instant::now();
-    let outcome = subject.engine(Dtype::F32, FORM).create(subject.entry, config);
-    let took = start.elapsed();
-    holds(took < LIMIT, || format!("the config {} took {} ms", shown(config), took.as_millis()))?;
+    let clock = Clock::start();
+    let outcome = subject.default_engine().create(subject.entry, config);
+    if let Some(took) = clock.over(LIMIT) {
+        return broken(format!("the config {} took {} ms", shown(config), took.as_millis()));
+    }
     match outcome {
         Ok(_) => Ok(None),
         Err(Fault::Refused { status: kvhook_abi::raw::KVH_ERR_PANIC, message }) => {

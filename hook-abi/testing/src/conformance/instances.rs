@@ -1,7 +1,7 @@
 //! Rules about instances: needs, lives, threads, time.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvhook_abi::KVH_ON_FREE_1;
 use kvhook_abi::raw::*;
@@ -9,7 +9,17 @@ use kvhook_abi::raw::*;
 use super::subject::{Subject, end};
 use super::{broken, holds};
 use crate::arrays::Message;
+use crate::clock::Clock;
 use crate::fault::Fault;
+
+/// Longest that loading the file may take; all of these are processor time.
+const LOAD: Duration = Duration::from_secs(5);
+/// Longest that an instance may take.
+const CREATE: Duration = Duration::from_secs(1);
+/// Longest that a bound may take.
+const BOUND: Duration = Duration::from_secs(1);
+/// Longest that a plan for 4,096 rows may take, for each layer.
+const PLAN: Duration = Duration::from_secs(5);
 
 pub(super) fn needs_are_known(subject: &Subject) -> Result<(), Fault> {
     let needs = subject.instance()?.needs()?;
@@ -124,14 +134,29 @@ pub(super) fn freed_is_forgotten(subject: &Subject) -> Result<(), Fault> {
     holds(again == first, || "another plan for the same sequence after it was freed".into())
 }
 
-pub(super) fn calls_are_quick(subject: &Subject) -> Result<(), Fault> {
-    let start = Instant::now();
+pub(super) fn calls_are_quick(subject: &Subject) -> Result<String, Fault> {
+    let mut told = String::new();
+    let mut within = |what: &str, took: Duration, over: Option<Duration>| match over {
+        Some(took) => broken(format!("{what} took {} ms", took.as_millis())),
+        None => {
+            let between = if told.is_empty() { "" } else { ", " };
+            told += &format!("{between}{what} {:.1} ms", took.as_secs_f64() * 1e3);
+            Ok(())
+        }
+    };
+    if let Some(file) = &subject.file {
+        within("loading", file.load_time, (file.load_time > LOAD).then_some(file.load_time))?;
+    }
+    let clock = Clock::start();
     let mut instance = subject.instance()?;
-    let made = start.elapsed();
-    holds(made < Duration::from_secs(1), || format!("an instance took {} ms", made.as_millis()))?;
+    within("an instance", clock.elapsed(), clock.over(CREATE))?;
     let prompt = subject.prompt(1, 1, 4096);
-    let start = Instant::now();
+    let clock = Clock::start();
+    instance.bound(&prompt)?;
+    within("a bound", clock.elapsed(), clock.over(BOUND))?;
+    let layers = subject.shape.layers.max(1) as u32;
+    let clock = Clock::start();
     instance.plan_one(&prompt)?;
-    let planned = start.elapsed() / subject.shape.layers.max(1) as u32;
-    holds(planned < Duration::from_secs(5), || format!("a plan took {} ms for each layer", planned.as_millis()))
+    within("a plan, for each layer,", clock.elapsed() / layers, clock.over(PLAN * layers))?;
+    Ok(told)
 }

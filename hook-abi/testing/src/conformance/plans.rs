@@ -1,5 +1,6 @@
 //! Rules about plans.
 
+use kvhook_abi::KVH_ON_GROWN_1;
 use kvhook_abi::kernels::Dtype;
 use kvhook_abi::raw::*;
 
@@ -9,7 +10,7 @@ use crate::answer::Answer;
 use crate::cache::{Form, Layer};
 use crate::engine::Engine;
 use crate::fault::Fault;
-use crate::instance::Bounded;
+use crate::instance::{Bounded, Event};
 use crate::random::Random;
 use crate::sequence::Sequence;
 
@@ -33,7 +34,14 @@ pub(super) fn larger_structs_are_taken(subject: &Subject) -> Result<(), Fault> {
 }
 
 pub(super) fn keep_the_bound(subject: &Subject) -> Result<(), Fault> {
-    let mut instance = subject.instance()?;
+    let engine = subject.default_engine();
+    // Where counts may depend on data, a plan may keep less than its bound, and never more.
+    let data_counts = Engine { can: engine.can | KVH_CAN_DATA_COUNTS, ..engine.clone() };
+    [engine, data_counts].iter().try_for_each(|engine| keeps_the_bound(subject, engine))
+}
+
+fn keeps_the_bound(subject: &Subject, engine: &Engine) -> Result<(), Fault> {
+    let mut instance = engine.create(subject.entry, &subject.config)?;
     let mut random = Random::new(subject.seed);
     let mut lengths = vec![1, 2, 3, 15, 16, 17, 64, 257];
     lengths.extend((0..8).map(|_| 1 + random.below(300) as usize));
@@ -55,14 +63,19 @@ pub(super) fn keep_the_bound(subject: &Subject) -> Result<(), Fault> {
     Ok(())
 }
 
-pub(super) fn every_dtype_and_layout(subject: &Subject) -> Result<(), Fault> {
+pub(super) fn every_dtype_and_layout(subject: &Subject) -> Result<String, Fault> {
+    let (mut planned, mut refused) = (Vec::new(), Vec::new());
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         let mut first: Option<(Form, Answer)> = None;
         for form in Form::ALL {
             let mut instance = match subject.engine(dtype, form).create(subject.entry, &subject.config) {
-                Err(Fault::Refused { status: KVH_ERR_UNSUPPORTED | KVH_ERR_CONFIG, .. }) => continue,
+                Err(Fault::Refused { status: KVH_ERR_UNSUPPORTED | KVH_ERR_CONFIG, .. }) => {
+                    refused.push(format!("{dtype} {form:?}"));
+                    continue;
+                }
                 outcome => outcome?,
             };
+            planned.push((dtype, form));
             let answer = subject.run_one(&mut instance, &subject.prompt_in(1, 1, TOKENS, dtype, form), 1)?;
             match &first {
                 _ if matches!(answer, Answer::Keep { reason: KVH_REASON_UNSUPPORTED, .. }) => {}
@@ -74,7 +87,43 @@ pub(super) fn every_dtype_and_layout(subject: &Subject) -> Result<(), Fault> {
             }
         }
     }
-    Ok(())
+    holds(!planned.is_empty(), || format!("it refuses every dtype and layout: {}", refused.join(", ")))?;
+    Ok(if refused.is_empty() { String::new() } else { format!("refuses {}", refused.join(", ")) })
+}
+
+/// Compressions of one sequence after that of its prompt.
+const ROUNDS: usize = 4;
+/// Tokens by which it grows in between, where the plugin wants more.
+const MOST_GROWN: usize = 256;
+
+pub(super) fn grown_keeps_the_rules(subject: &Subject) -> Result<String, Fault> {
+    let mut instances = [subject.instance()?, subject.instance()?];
+    let grown_every = instances[0].needs()?.grown_every;
+    // SAFETY: the table that the id names.
+    let table = unsafe { instances[0].hook::<KvhOnGrown1>(KVH_ON_GROWN_1) };
+    if grown_every == 0 {
+        return Ok("this config asks for no `on_grown`".into());
+    }
+    holds(table.is_some(), || format!("asks for `on_grown` each {grown_every} tokens and does not implement it"))?;
+    let grown = usize::try_from(grown_every).unwrap_or(usize::MAX).min(MOST_GROWN);
+    let mut stories = Vec::new();
+    for instance in &mut instances {
+        let mut random = Random::new(subject.seed);
+        let mut sequence = subject.prompt(1, 1, TOKENS);
+        let first = subject.run(instance, std::slice::from_ref(&sequence), &[1])?;
+        let mut story = first;
+        for _ in 0..ROUNDS {
+            if let Some(answer) = story.last() {
+                sequence = sequence.committed(answer, grown, &mut random);
+            }
+            story.append(&mut instance.prepare(std::slice::from_ref(&sequence), Event::Grown)?);
+        }
+        end(instance, 1)?;
+        stories.push(story);
+    }
+    holds(stories[0] == stories[1], || "another plan for the same story of prompt, commits and growth".into())?;
+    let kept = stories[0].iter().filter(|answer| matches!(answer, Answer::Keep { .. })).count();
+    Ok(if kept == 0 { String::new() } else { format!("{kept} of {} plans keep", stories[0].len()) })
 }
 
 pub(super) fn same_in_same_out(subject: &Subject) -> Result<(), Fault> {

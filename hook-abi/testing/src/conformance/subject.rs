@@ -3,9 +3,10 @@
 use kvhook_abi::kernels::Dtype;
 use kvhook_abi::raw::*;
 
+use super::file::File;
 use crate::answer::Answer;
 use crate::cache::{Form, dtype_of};
-use crate::engine::{Engine, Shape};
+use crate::engine::{Engine, ROPE_BASE, Shape};
 use crate::fault::Fault;
 use crate::instance::{Instance, Seen};
 use crate::random::Random;
@@ -20,8 +21,12 @@ pub struct Subject {
     pub config: String,
     /// The model's shape.
     pub shape: Shape,
+    /// Base of the model's rotary positions.
+    pub rope_base: f64,
     /// Where all random data comes from: a check is repeated by giving the same one.
     pub seed: u64,
+    /// Its file; none: it is linked into the test, and rules about the file are not checked.
+    pub file: Option<File>,
 }
 
 // SAFETY: an entry is a static that nobody writes.
@@ -32,17 +37,30 @@ unsafe impl Sync for Subject {}
 impl Subject {
     /// Two layers with two KV heads of 16 channels, two query heads each; seed 1.
     pub fn new(entry: &'static KvhPluginEntry, config: impl Into<String>) -> Self {
-        Self { entry, config: config.into(), shape: Shape::new(2, 2, 4, 16), seed: 1 }
+        Self { entry, config: config.into(), shape: Shape::new(2, 2, 4, 16), rope_base: ROPE_BASE, seed: 1, file: None }
     }
 
     /// An engine for a dtype and a layout.
     pub(super) fn engine(&self, dtype: Dtype, form: Form) -> Engine {
-        Engine { cache_dtype: dtype_of(dtype), block_size: form.block() as u32, ..Engine::new(self.shape) }
+        Engine {
+            cache_dtype: dtype_of(dtype),
+            block_size: form.block() as u32,
+            rope_base: self.rope_base,
+            ..Engine::new(self.shape)
+        }
+    }
+
+    /// An engine for f32 in blocks of 16.
+    pub(super) fn default_engine(&self) -> Engine {
+        self.engine(Dtype::F32, FORM)
     }
 
     /// An instance for f32 in blocks of 16.
-    pub(super) fn instance(&self) -> Result<Instance, Fault> {
-        self.engine(Dtype::F32, FORM).create(self.entry, &self.config)
+    ///
+    /// # Errors
+    /// As [`Engine::create`].
+    pub fn instance(&self) -> Result<Instance, Fault> {
+        self.default_engine().create(self.entry, &self.config)
     }
 
     /// A prompt whose bytes depend on the seed and `data` only.
@@ -76,7 +94,8 @@ impl Subject {
         answers.pop().map_or_else(|| super::broken("no answer"), Ok)
     }
 
-    fn show(&self, instance: &mut Instance, prompts: &[Sequence], data: &[u64]) -> Result<(), Fault> {
+    /// Shows what is wanted of prompts.
+    pub(super) fn show(&self, instance: &mut Instance, prompts: &[Sequence], data: &[u64]) -> Result<(), Fault> {
         let needs = instance.needs()?;
         if needs.phases & KVH_PHASE_PREFILL == 0 {
             return Ok(());

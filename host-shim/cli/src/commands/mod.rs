@@ -10,3 +10,4 @@ pub mod new;
 pub mod probe;
 pub mod report;
 pub mod run;
+pub mod validate;

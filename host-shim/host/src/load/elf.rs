@@ -108,3 +108,18 @@ fn check_entry_symbol(sections: &Sections<'_>, bytes: &[u8]) -> Result<(), HostE
     found.dedup();
     Err(if found.is_empty() { HostError::NoEntry } else { HostError::WrongMajor { found, ours: KVH_ABI_MAJOR } })
 }
+
+/// Names that a shared library takes from other ones. Any bytes are safe.
+///
+/// # Errors
+/// `NotElf`, `WrongArchitecture`.
+pub fn imports(bytes: &[u8]) -> Result<Vec<String>, HostError> {
+    let header = shared_library(bytes, &mut |_| ())?;
+    let malformed = |error: object::Error| HostError::NotElf(error.to_string());
+    let sections = header.sections(LittleEndian, bytes).map_err(malformed)?;
+    let symbols = sections.symbols(LittleEndian, bytes, elf::SHT_DYNSYM).map_err(malformed)?;
+    let name = |symbol: &elf::Sym64<LittleEndian>| symbol.name(LittleEndian, symbols.strings()).ok();
+    let missing = symbols.iter().filter(|symbol| symbol.is_undefined(LittleEndian));
+    let names = missing.filter_map(name).map(|name| String::from_utf8_lossy(name).into_owned());
+    Ok(names.filter(|name| !name.is_empty()).collect())
+}

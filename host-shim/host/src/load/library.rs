@@ -38,9 +38,24 @@ pub struct Library {
     version: String,
     hash: ContentHash,
     path: PathBuf,
+    entry: StaticEntry,
     functions: Functions,
     hooks: Hooks,
 }
+
+/// What was read of an entry, kept for as long as the library: for ever.
+struct StaticEntry(&'static KvhPluginEntry);
+
+impl StaticEntry {
+    fn keep(entry: KvhPluginEntry) -> Self {
+        Self(Box::leak(Box::new(entry)))
+    }
+}
+
+// SAFETY: plain data and functions, never written.
+unsafe impl Send for StaticEntry {}
+// SAFETY: as above.
+unsafe impl Sync for StaticEntry {}
 
 impl Library {
     /// The plugin's short name.
@@ -56,6 +71,11 @@ impl Library {
     /// SHA-256 of its file.
     pub fn hash(&self) -> ContentHash {
         self.hash
+    }
+
+    /// What it exports, for tests that call it without a host.
+    pub fn entry(&self) -> &'static KvhPluginEntry {
+        self.entry.0
     }
 
     /// Where its file was found first.
@@ -140,6 +160,7 @@ impl Library {
             version: version.to_owned(),
             hash: image.hash(),
             path: image.path().to_owned(),
+            entry: StaticEntry::keep(entry),
             functions,
             hooks,
         })
@@ -173,6 +194,7 @@ impl Library {
             },
             // SAFETY: `hook` is the plugin's.
             hooks: unsafe { Hooks::fetch(hook)? },
+            entry: StaticEntry::keep(entry),
         })
     }
 }

@@ -18,6 +18,7 @@ use kvhook_abi::layout::{self, PluginFingerprint, Row, Table};
 use kvhook_abi::metadata::Metadata;
 use kvhook_abi::raw::{KVH_ABI_MAJOR, KVH_ABI_MINOR};
 
+pub use elf::imports;
 pub use file::{ContentHash, MAX_PLUGIN_BYTES, PluginFile, PluginImage};
 pub(crate) use hooks::{Hooks, Planner};
 pub use inspect::{Check, Inspection, LayoutComparison, Outcome, checks, inspect, inspect_bytes};
@@ -59,16 +60,30 @@ pub fn load_image(
 
 /// Takes the steps from [`Step::Elf`] on.
 fn open_image(image: &PluginImage, copy_folder: &Path, passed: &mut dyn FnMut(Step)) -> Result<Library, HostError> {
-    let metadata = read_metadata(image.bytes(), passed)?;
+    let metadata = check_bytes(image.bytes(), passed)?;
+    let copy = image.copy_to(copy_folder)?;
+    passed(Step::Copy);
+    Library::open(&copy, image, &metadata, passed)
+}
+
+/// Makes every check of a load that runs no code, and gives the metadata. Any bytes are safe.
+///
+/// # Errors
+/// `NotElf`, `WrongArchitecture`, `WrongMajor`, `NewerMinor`, `NoEntry`, `Metadata`, `Layout`.
+pub fn check_without_running(bytes: &[u8]) -> Result<Metadata, HostError> {
+    check_bytes(bytes, &mut |_| ())
+}
+
+/// The steps from [`Step::Elf`] to [`Step::Layouts`].
+fn check_bytes(bytes: &[u8], passed: &mut dyn FnMut(Step)) -> Result<Metadata, HostError> {
+    let metadata = read_metadata(bytes, passed)?;
     check_version(metadata.abi_major, metadata.required_host_minor)?;
     passed(Step::Version);
     if !metadata.layouts.is_empty() {
         check_layouts((metadata.abi_major, metadata.abi_minor), &listed(&metadata), &metadata.layouts)?;
     }
     passed(Step::Layouts);
-    let copy = image.copy_to(copy_folder)?;
-    passed(Step::Copy);
-    Library::open(&copy, image, &metadata, passed)
+    Ok(metadata)
 }
 
 /// Reads a plugin's metadata out of its file's bytes, whatever these are.
