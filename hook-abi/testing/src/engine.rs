@@ -110,6 +110,7 @@ impl Engine {
             cache_dtype: dtype_of(Dtype::F32),
             rope_base: ROPE_BASE,
             can: KVH_CAN_QUERIES
+                | KVH_CAN_ALL_QUERIES
                 | KVH_CAN_LAYER_COUNTS
                 | KVH_CAN_STATE
                 | KVH_CAN_REWRITE

@@ -55,11 +55,8 @@ const ABOUT: &str = "Compress the KV cache of a real model with plugins, and mea
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-<<<<<<< HEAD
-  1  done, and a check of `inspect` failed, or the plugin of `eval` compressed nothing or failed
-=======
-  1  done, and a check of `inspect` failed or a rule of `validate` is broken
->>>>>>> w7a
+  1  done, and the answer is no: a check of `inspect` failed, a rule of `validate` is broken, or the plugin of `eval`
+     compressed nothing or failed
   2  the command line is wrong, or a file it names cannot be used
   3  something is missing on this machine, such as the model and a network to fetch it
   4  a plugin or the model could not be loaded or run

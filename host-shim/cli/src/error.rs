@@ -8,11 +8,8 @@ use kvhook_mlp_weights::WeightsError;
 
 use crate::bench::error::BenchError;
 
-<<<<<<< HEAD
-/// Exit code when a command did its work and the answer is no: a check of `inspect` failed, or the plugin of `eval`.
-=======
-/// Exit code when a command did its work and the answer is no: a check of `inspect` failed, a rule is broken.
->>>>>>> w7a
+/// Exit code when a command did its work and the answer is no: a check of `inspect` failed, a rule of `validate` is broken,
+/// or the plugin of `eval` failed.
 pub const EXIT_CHECK_FAILED: u8 = 1;
 /// Exit code of a wrong command line, also used by clap, and of files that cannot be used.
 pub const EXIT_USAGE: u8 = 2;

@@ -4,11 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kvhook::args::{Cli, Command};
-<<<<<<< HEAD
-use kvhook::commands::{bench, compare, convert, demo, eval, inspect, new, probe, report, run};
-=======
-use kvhook::commands::{bench, compare, convert, demo, inspect, new, run, validate};
->>>>>>> w7a
+use kvhook::commands::{bench, compare, convert, demo, eval, inspect, new, probe, report, run, validate};
 use kvhook::error::CliError;
 use kvhook::logs;
 
