@@ -9,6 +9,7 @@ use crate::arm::{Arm, ArmState, Generation};
 use crate::error::HostError;
 use crate::guard::GuardSpec;
 use crate::host::Host;
+use crate::instance::live_instances;
 use crate::load::Source;
 use crate::spec::{self, ArmPatch, ArmSpec, MAX_SPEC_BYTES};
 
@@ -339,11 +340,11 @@ impl Host {
         Ok(())
     }
 
-    /// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., ...}]}`, with the keys of the form, and `cause`
-    /// and `live`.
+    /// The arms as JSON text: `{"safe_mode": false, "instances": 1, "arms": [{"name": ..., ...}]}`, with the keys of the
+    /// form, and `cause` and `live`. `instances` are those of all hosts of the process that are not destroyed yet.
     pub fn arms_json(&self) -> String {
         let arms: Vec<Value> = self.arms().iter().map(|arm| arm_json(arm)).collect();
-        json!({ "safe_mode": self.is_safe_mode(), "arms": arms }).to_string()
+        json!({ "safe_mode": self.is_safe_mode(), "instances": live_instances(), "arms": arms }).to_string()
     }
 
     /// The arms in a log line.
