@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -56,6 +57,7 @@ class Adapter:
         self._refusal = refusal
         self._caches: list[RankCache] = []
         self._arms: list[str] = []
+        self._listing = threading.Lock()
         self._step: Step | None = None
         self._dropped: list[int] = []
         self._batch: Batch | None = None
@@ -111,7 +113,9 @@ class Adapter:
                 "weights and states may be changed"
             )
         host.control(command, source)
-        self._arms = [arm["name"] for arm in host.arms()["arms"]]
+        # Of two changes at once the later list stays.
+        with self._listing:
+            self._arms = [arm["name"] for arm in host.arms()["arms"]]
 
     def check_request(self, request) -> None:
         """As `check_arm`, for the arm that an `InferenceRequest` names."""

@@ -10,7 +10,7 @@
 | status | means |
 | --- | --- |
 | 400 | the command is refused; nothing changed; the message says why |
-| 401, 403 | no token, or another one; not from this machine |
+| 401, 403 | no token, or another one; not from a program on this machine |
 | 409 | compression is off, or compiled graphs are on |
 | 413, 415 | the body is too long, or not `application/json` |
 | 503 | the engine is starting |
@@ -19,8 +19,10 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 
 from . import native
@@ -29,8 +31,19 @@ from .errors import HostError, KvhookError, Refused
 MAX_BYTES = 1 << 16
 """The longest command."""
 
-_HERE = {"127.0.0.1", "::1", "localhost"}
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+_OUR_NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.ASCII)
+"""What a program on this machine calls it: another name may be a web page's, whose owner has it point here."""
+
+_OF_OTHERS = (
+    # A web page's.
+    "origin",
+    # A proxy's.
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-real-ip",
+)
 
 
 class Denied(Exception):
@@ -49,24 +62,37 @@ def is_on() -> bool:
 def check_caller(client: str | None, headers: Mapping[str, str], token: str) -> None:
     """Who may use the routes.
 
-    Without a token: programs on this machine. A proxy's requests and a web page's (which names another host, or cannot
-    send `application/json` unasked) are none of these.
+    Without a token: programs on this machine. A proxy's requests and a web page's are none of these.
+
+    Args:
+        client: The address that the connection comes from.
+        headers: Of the request, with names in lower case.
+        token: `KVHOOK_CONTROL_TOKEN`.
 
     Raises `Denied`.
     """
     if token:
-        given = headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Headers are read as Latin-1.
+        given = given.strip().encode("latin-1", "replace")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, token.encode()):
             raise Denied(
                 401, "Authorization: Bearer with the token of KVHOOK_CONTROL_TOKEN is expected"
             )
         return
-    host = headers.get("host", "")
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if client not in _HERE or name not in _HERE or any(key in headers for key in _FORWARDED):
+    here = _is_this_machine(client) and _OUR_NAMES.fullmatch(headers.get("host", "").lower())
+    if not here or any(key in headers for key in _OF_OTHERS):
         raise Denied(
             403, "only programs on this machine are served; set KVHOOK_CONTROL_TOKEN for others"
         )
+
+
+def _is_this_machine(client: str | None) -> bool:
+    try:
+        address = ipaddress.ip_address(client or "")
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def add_routes(server, app) -> None:
@@ -122,7 +148,7 @@ async def body(request) -> str:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Denied(415, f"the body is {kind or 'of no type'}; application/json is expected")
-    data = b""
+    data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BYTES:
@@ -138,5 +164,7 @@ def loads(command: str) -> bool:
     try:
         changes = json.loads(command)["changes"]
         return any(key in ("add", "replace", "set") for change in changes for key in change)
+    except RecursionError:
+        return True
     except (ValueError, TypeError, KeyError):
         return False
