@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,7 @@ class Adapter:
         self.choice: settings.Choice | None = None
         self.kind: CacheKind | None = None
         self.live: dict[int, Tracked] = {}
+        self.recorders: list = []
         self._options = dict(options)
         self._refusal = refusal
         self._caches: list[RankCache] = []
@@ -73,6 +75,18 @@ class Adapter:
     def depth(self) -> str:
         """`shim` where the C++ shim was compiled into InfiniLM, else `python`."""
         return "shim" if self.shim else "python"
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model's folder."""
+        path = str(self._options.get("model_path") or "")
+        return os.path.basename(os.path.abspath(path))[:200] if path else "model"
+
+    @property
+    def entries_per_token(self) -> int:
+        """Cache entries of one token: over layers, KV heads and ranks."""
+        layers = [layer for cache in self._caches for layer in cache.geometry]
+        return sum(layer.kv_heads for layer in layers if layer)
 
     @property
     def on(self) -> bool:

@@ -441,3 +441,28 @@ def test_nobody_waits_while_a_plugin_loads_but_close():
         closing.result(60)
     with pytest.raises(KvhookError, match="closed"):
         host.arms()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/kvhook/arms"),
+        ("POST", "/kvhook/control"),
+        ("GET", "/kvhook/record"),
+        ("POST", "/kvhook/probe"),
+    ],
+)
+def test_every_route_asks_who_it_is(client, method, path):
+    def status(served, **headers):
+        headers = {"content-type": "application/json", **headers}
+        return served.request(method, path, content="{}", headers=headers).status_code
+
+    off = Adapter()
+    off.on = False
+    # Who may is told that compression is off.
+    assert status(client(off)) == 409
+    assert status(client(off), origin="http://evil.example") == 403
+    assert status(client(off, address="10.0.0.7")) == 403
+    assert status(client(off, token="secret")) == 401
+    assert status(client(off, token="secret"), authorization="Bearer secret") == 409
+    assert status(client(off, on="")) == 404
