@@ -9,6 +9,7 @@ use crate::arm::{Arm, ArmState, Generation};
 use crate::error::HostError;
 use crate::guard::GuardSpec;
 use crate::host::Host;
+use crate::instance::live_instances;
 use crate::load::Source;
 use crate::sequence::Sequence;
 use crate::spec::{self, ArmPatch, ArmSpec, MAX_SPEC_BYTES};
@@ -343,13 +344,15 @@ impl Host {
         Ok(())
     }
 
-    /// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., ...}], "older": [...]}`, with the keys of the
-    /// form, and `cause` and `live`. `older` are instances that were replaced or whose arm was removed, and are still
+    /// The arms as JSON text: `{"safe_mode": false, "instances": 1, "arms": [{"name": ..., ...}], "older": [...]}`, with
+    /// the keys of the form, and `cause` and `live`. `instances` are those of all hosts of the process that are not destroyed
+    /// yet. `older` are instances that were replaced or whose arm was removed, and are still
     /// needed: `{"arm": ..., "plugin": ..., "sequences": 3}`.
     pub fn arms_json(&self) -> String {
         let arms: Vec<Value> = self.arms().iter().map(|arm| arm_json(arm)).collect();
         let older: Vec<Value> = self.older_instances().collect();
-        json!({ "safe_mode": self.is_safe_mode(), "arms": arms, "older": older }).to_string()
+        json!({ "safe_mode": self.is_safe_mode(), "instances": live_instances(), "arms": arms, "older": older })
+            .to_string()
     }
 
     /// Instances that were replaced, with the number of sequences that they serve.

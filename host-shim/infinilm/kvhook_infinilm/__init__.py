@@ -6,14 +6,18 @@ runs an InfiniLM script with it; `attach()` does the same in one's own script, b
 """
 
 import json
+import os
 
 from .errors import AttachError, HostError, KvhookError, Refused, UnknownArm
 from .points import adapter_of, attach
+from .probes import probe
+from .records import Recorder, append, figures_line
 
 __all__ = [
     "AttachError",
     "HostError",
     "KvhookError",
+    "Recorder",
     "Refused",
     "UnknownArm",
     "adapter_of",
@@ -21,6 +25,8 @@ __all__ = [
     "attach",
     "control",
     "figures",
+    "probe",
+    "record",
 ]
 
 
@@ -44,7 +50,7 @@ def control(engine, changes: list) -> None:
 
 
 def arms(engine) -> dict:
-    """The arms as they are: `{"safe_mode": ..., "arms": [{"name": ..., "state": ..., ...}]}`.
+    """The arms as they are: `{"safe_mode": ..., "instances": ..., "arms": [{"name": ..., "state": ..., ...}]}`.
 
     Empty where compression is off.
 
@@ -67,3 +73,21 @@ def figures(engine) -> dict:
     """
     adapter = adapter_of(engine)
     return adapter.host.figures() if adapter is not None and adapter.on else {}
+
+
+def record(engine, path: str | os.PathLike, every_seconds: float | None = None) -> Recorder | None:
+    """Appends a line of figures to a file (docs/report.md): now, and with `every_seconds` again and again until the engine
+    is closed, or the `Recorder` that is returned.
+
+    Args:
+        engine: As for `figures`.
+
+    Raises `Refused` where compression is off, `OSError` where the file cannot be written.
+
+    Thread: any.
+    """
+    adapter = adapter_of(engine)
+    if every_seconds is None:
+        append(path, figures_line(adapter))
+        return None
+    return Recorder(adapter, path, every_seconds)

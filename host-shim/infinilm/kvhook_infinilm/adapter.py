@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -52,10 +54,12 @@ class Adapter:
         self.choice: settings.Choice | None = None
         self.kind: CacheKind | None = None
         self.live: dict[int, Tracked] = {}
+        self.recorders: list = []
         self._options = dict(options)
         self._refusal = refusal
         self._caches: list[RankCache] = []
         self._arms: list[str] = []
+        self._listing = threading.Lock()
         self._step: Step | None = None
         self._dropped: list[int] = []
         self._batch: Batch | None = None
@@ -71,6 +75,18 @@ class Adapter:
     def depth(self) -> str:
         """`shim` where the C++ shim was compiled into InfiniLM, else `python`."""
         return "shim" if self.shim else "python"
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model's folder."""
+        path = str(self._options.get("model_path") or "")
+        return os.path.basename(os.path.abspath(path))[:200] if path else "model"
+
+    @property
+    def entries_per_token(self) -> int:
+        """Cache entries of one token: over layers, KV heads and ranks."""
+        layers = [layer for cache in self._caches for layer in cache.geometry]
+        return sum(layer.kv_heads for layer in layers if layer)
 
     @property
     def on(self) -> bool:
@@ -111,7 +127,9 @@ class Adapter:
                 "weights and states may be changed"
             )
         host.control(command, source)
-        self._arms = [arm["name"] for arm in host.arms()["arms"]]
+        # Of two changes at once the later list stays.
+        with self._listing:
+            self._arms = [arm["name"] for arm in host.arms()["arms"]]
 
     def check_request(self, request) -> None:
         """As `check_arm`, for the arm that an `InferenceRequest` names."""

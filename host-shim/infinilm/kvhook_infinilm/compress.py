@@ -170,6 +170,8 @@ class Compression:
         # From here on the sequence is shorter, whatever else happens.
         tracked.dropped = tracked.position - length
         tracked.compressed = True
+        if tracked.position == tracked.prompt_length:
+            tracked.prompt_rows = length
         blocks = memory.committed(tracked, verdict.movement, fresh, kept)
         if blocks > 0:
             rows = blocks * self._caches[0].kind.block_size

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import native
@@ -101,8 +102,10 @@ class Host:
         )
         out = ffi.new("KvhookHost **")
         self._handle = None
-        # Figures are read by threads that do not drive the engine.
-        self._closing = threading.Lock()
+        # Other threads than the one that drives the engine read figures and change arms. A change may take as long as a
+        # plugin takes to load, and nobody waits for it but `close`.
+        self._users = 0
+        self._usage = threading.Condition()
         self._call("kvhook_host_create", config, out)
         self._handle = out[0]
 
@@ -112,9 +115,11 @@ class Host:
         return self._handle
 
     def close(self) -> None:
-        """Frees every live sequence and destroys all instances. The host must not be used any more."""
-        with self._closing:
+        """Frees every live sequence and destroys all instances, once other threads' calls are over. The host must not be
+        used any more."""
+        with self._usage:
             handle, self._handle = self._handle, None
+            self._usage.wait_for(lambda: not self._users)
         if handle is not None:
             self._library.kvhook_host_destroy(handle)
 
@@ -129,13 +134,11 @@ class Host:
         Thread: any. Plugins are loaded on it, while the engine goes on.
         """
         value, _data = text(command)
-        with self._closing:
-            if self._handle is None:
-                raise KvhookError("the engine is closed")
-            self._call("kvhook_control", self._handle, value[0], source)
+        with self._used() as handle:
+            self._call("kvhook_control", handle, value[0], source)
 
     def arms(self) -> dict:
-        """The arms as they are: `{"safe_mode": ..., "arms": [{"name": ..., "state": ..., ...}]}`."""
+        """The arms as they are: `{"safe_mode": ..., "instances": ..., "arms": [{"name": ..., "state": ..., ...}]}`."""
         return json.loads(self._text("kvhook_arms_json"))
 
     def begin(
@@ -254,6 +257,21 @@ class Host:
         """A reason in one word: `no_gain`."""
         return string(self._library.kvhook_reason_name(reason))
 
+    @contextlib.contextmanager
+    def _used(self) -> Iterator:
+        """The handle, which `close` leaves alone meanwhile."""
+        with self._usage:
+            if self._handle is None:
+                raise KvhookError("the engine is closed")
+            handle = self._handle
+            self._users += 1
+        try:
+            yield handle
+        finally:
+            with self._usage:
+                self._users -= 1
+                self._usage.notify_all()
+
     def _call(self, function: str, *arguments) -> None:
         checked(function, getattr(self._library, function), *arguments)
 
@@ -263,10 +281,8 @@ class Host:
             buffer = ffi.new("char[]", capacity)
             out = sized("KvhText", data=buffer, capacity=capacity)
             try:
-                with self._closing:
-                    if self._handle is None:
-                        raise KvhookError("the engine is closed")
-                    self._call(function, self._handle, out)
+                with self._used() as handle:
+                    self._call(function, handle, out)
                 return ffi.unpack(buffer, out.length).decode()
             except HostError as error:
                 if error.status != native.KVHOOK_ERR_BUFFER_TOO_SMALL:

@@ -6,12 +6,14 @@
 | `KVHOOK_CONTROL_TOKEN` | requests carry it as `Authorization: Bearer TOKEN`, from any address; without one only programs on this machine are served |
 | `GET /kvhook/arms` | the arms as JSON |
 | `POST /kvhook/control` | a command (docs/live.md), at most 64 KiB of `application/json`; plugins by bare name only. Answers the arms |
+| `GET /kvhook/record` | the arms' figures as a line of a record (docs/report.md) |
+| `POST /kvhook/probe` | `{"prompts": [TEXT, ..] or {NAME: TEXT, ..}, "max_new_tokens": 64, "arms": [NAME, ..]}`, the last two may be missing; answers lines of a record when all is done. One at a time |
 
 | status | means |
 | --- | --- |
 | 400 | the command is refused; nothing changed; the message says why |
-| 401, 403 | no token, or another one; not from this machine |
-| 409 | compression is off, or compiled graphs are on |
+| 401, 403 | no token, or another one; not from a program on this machine |
+| 409 | compression is off, compiled graphs are on, an arm does not compress, or another probe is under way |
 | 413, 415 | the body is too long, or not `application/json` |
 | 503 | the engine is starting |
 """
@@ -19,18 +21,39 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import os
+import re
+import threading
 from collections.abc import Mapping
 
 from . import native
 from .errors import HostError, KvhookError, Refused
+from .probes import each
+from .records import dumped, figures_line
 
 MAX_BYTES = 1 << 16
 """The longest command."""
 
-_HERE = {"127.0.0.1", "::1", "localhost"}
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+MAX_PROMPTS, MAX_NEW_TOKENS = 64, 4096
+"""The most of a probe."""
+
+_OUR_NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.ASCII)
+"""What a program on this machine calls it: another name may be a web page's, whose owner has it point here."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_OF_OTHERS = (
+    # A web page's.
+    "origin",
+    # A proxy's.
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-real-ip",
+)
 
 
 class Denied(Exception):
@@ -49,24 +72,37 @@ def is_on() -> bool:
 def check_caller(client: str | None, headers: Mapping[str, str], token: str) -> None:
     """Who may use the routes.
 
-    Without a token: programs on this machine. A proxy's requests and a web page's (which names another host, or cannot
-    send `application/json` unasked) are none of these.
+    Without a token: programs on this machine. A proxy's requests and a web page's are none of these.
+
+    Args:
+        client: The address that the connection comes from.
+        headers: Of the request, with names in lower case.
+        token: `KVHOOK_CONTROL_TOKEN`.
 
     Raises `Denied`.
     """
     if token:
-        given = headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Headers are read as Latin-1.
+        given = given.strip().encode("latin-1", "replace")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, token.encode()):
             raise Denied(
                 401, "Authorization: Bearer with the token of KVHOOK_CONTROL_TOKEN is expected"
             )
         return
-    host = headers.get("host", "")
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if client not in _HERE or name not in _HERE or any(key in headers for key in _FORWARDED):
+    here = _is_this_machine(client) and _OUR_NAMES.fullmatch(headers.get("host", "").lower())
+    if not here or any(key in headers for key in _OF_OTHERS):
         raise Denied(
             403, "only programs on this machine are served; set KVHOOK_CONTROL_TOKEN for others"
         )
+
+
+def _is_this_machine(client: str | None) -> bool:
+    try:
+        address = ipaddress.ip_address(client or "")
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def add_routes(server, app) -> None:
@@ -74,9 +110,12 @@ def add_routes(server, app) -> None:
     if not is_on():
         return
     from starlette.concurrency import run_in_threadpool
-    from starlette.responses import JSONResponse
+    from starlette.responses import JSONResponse, PlainTextResponse
 
     from . import adapter_of
+
+    def lines(text: str):
+        return PlainTextResponse(text, media_type="application/x-ndjson")
 
     def adapter_for(request):
         token = os.environ.get("KVHOOK_CONTROL_TOKEN", "")
@@ -91,7 +130,7 @@ def add_routes(server, app) -> None:
     def answered(handler):
         async def route(request):
             try:
-                return JSONResponse(await handler(request))
+                return await handler(request)
             except Denied as error:
                 return JSONResponse({"error": str(error)}, error.status)
             except Refused as error:
@@ -102,16 +141,37 @@ def add_routes(server, app) -> None:
         return route
 
     async def arms(request):
-        return adapter_for(request).host.arms()
+        return JSONResponse(adapter_for(request).host.arms())
 
     async def control(request):
         adapter = adapter_for(request)
         command = await body(request)
         await run_in_threadpool(adapter.control, command, native.KVHOOK_SOURCE_MODEL)
-        return adapter.host.arms()
+        return JSONResponse(adapter.host.arms())
+
+    async def record(request):
+        return lines(dumped(figures_line(adapter_for(request))))
+
+    probing = threading.Lock()
+
+    async def probe(request):
+        adapter_for(request)
+        asked = probe_of(await body(request))
+
+        def run() -> str:
+            if not probing.acquire(blocking=False):
+                raise Denied(409, "another probe is under way")
+            try:
+                return "".join(map(dumped, each(server.engine, **asked)))
+            finally:
+                probing.release()
+
+        return lines(await run_in_threadpool(run))
 
     app.add_route("/kvhook/arms", answered(arms), methods=["GET"])
     app.add_route("/kvhook/control", answered(control), methods=["POST"])
+    app.add_route("/kvhook/record", answered(record), methods=["GET"])
+    app.add_route("/kvhook/probe", answered(probe), methods=["POST"])
 
 
 async def body(request) -> str:
@@ -122,7 +182,7 @@ async def body(request) -> str:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Denied(415, f"the body is {kind or 'of no type'}; application/json is expected")
-    data = b""
+    data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BYTES:
@@ -133,10 +193,52 @@ async def body(request) -> str:
         raise Denied(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def probe_of(text: str) -> dict:
+    """The arguments of `probes.each`, from a body.
+
+    Raises `Denied`.
+    """
+
+    def expect(is_right: bool, what: str) -> None:
+        if not is_right:
+            raise Denied(400, f"a probe has {what}")
+
+    try:
+        asked = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Denied(400, f"the body is not JSON: {error}") from None
+    expect(isinstance(asked, dict), "`prompts`, and maybe `max_new_tokens` and `arms`")
+    unknown = asked.keys() - {"prompts", "max_new_tokens", "arms"}
+    expect(not unknown, f"no key {', '.join(sorted(unknown))[:80]}")
+    prompts, tokens = asked.get("prompts"), asked.get("max_new_tokens", 64)
+    texts = [*prompts, *prompts.values()] if isinstance(prompts, dict) else prompts
+    expect(
+        isinstance(texts, list) and 0 < len(prompts) <= MAX_PROMPTS and all(map(_is_text, texts)),
+        f"`prompts`: 1 to {MAX_PROMPTS} texts, in a list or by name",
+    )
+    expect(
+        type(tokens) is int and 0 < tokens <= MAX_NEW_TOKENS,
+        f"`max_new_tokens`: 1 to {MAX_NEW_TOKENS}",
+    )
+    arms = asked.get("arms")
+    expect(
+        arms is None or (isinstance(arms, list) and all(map(_is_text, arms)) and arms),
+        "`arms`: a list of names",
+    )
+    return {"prompts": prompts, "max_new_tokens": tokens, "arms": arms}
+
+
+def _is_text(value) -> bool:
+    """JSON can write what UTF-8 cannot."""
+    return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
+
+
 def loads(command: str) -> bool:
     """Whether a command loads plugins. One that cannot be read is the host's to refuse."""
     try:
         changes = json.loads(command)["changes"]
         return any(key in ("add", "replace", "set") for change in changes for key in change)
+    except RecursionError:
+        return True
     except (ValueError, TypeError, KeyError):
         return False

@@ -247,6 +247,8 @@ def _wrap_close(original):
         adapter = adapter_of(self)
         with guard("LLMEngine.close"):
             if adapter is not None and adapter.on:
+                for recorder in list(adapter.recorders):
+                    recorder.close()
                 adapter.say_figures()
                 adapter.close()
         return original(self)

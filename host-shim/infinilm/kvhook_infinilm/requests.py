@@ -12,7 +12,7 @@ from .memory import PagedMemory, StaticMemory
 from .model import max_positions
 from .segments import SegmentsError, image_bounds, image_segments
 from .sequences import Part, Step, Tracked
-from .server import requested_arm
+from .server import requested_arm, requested_key
 
 _logger = logging.getLogger("kvhook")
 
@@ -131,9 +131,8 @@ class Requests:
                 error,
             )
         try:
-            began = self._adapter.host.begin(
-                request.request_id, requested_arm(request), prompt, segments
-            )
+            key = requested_key(request) or request.request_id
+            began = self._adapter.host.begin(key, requested_arm(request), prompt, segments)
         except KvhookError as error:
             _logger.error("request %s is not compressed: %s", request.request_id, error)
             return None

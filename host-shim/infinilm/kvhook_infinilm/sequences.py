@@ -26,6 +26,8 @@ class Tracked:
     """By how much the cache is shorter than the position."""
     mark: int = 0
     """Where growth is counted from."""
+    prompt_rows: int | None = None
+    """Rows that the compression of its prompt left; None: it was not compressed."""
     compressed: bool = False
     """Whether rows of it were moved, dropped or rewritten: from then on nothing of it is published."""
 

@@ -4,6 +4,7 @@
 | --- | --- |
 | `GET /kvhook/metrics` | figures of all arms in Prometheus' text format |
 | `GET /kvhook/figures` | the same as JSON |
+| `"kv_key": "<text>"` in the body | requests with the same key, those of a conversation, have the same arm as long as names and weights stay |
 | `"kv_plugin": "<arm>"` in the body | the arm that serves the request, `none` for no arm; an unknown one is answered with status 400 and the arms' names, before anything is queued, also for a stream |
 
 While the engine starts the two routes answer with status 503. With compression off they say why, and `kv_plugin` is
@@ -26,6 +27,9 @@ _logger = logging.getLogger("kvhook")
 FIELD = "kv_plugin"
 """The field of a request's body, and the attribute of `SamplingParams`."""
 
+KEY_FIELD = "kv_key"
+"""As `FIELD`, for the key by which the arm is chosen."""
+
 _STARTING = "the engine is starting"
 
 
@@ -34,10 +38,7 @@ def requested_arm(request) -> str:
 
     Raises `UnknownArm` (a `ValueError`) for a name that is not text.
     """
-    data = request.request_data
-    name = data.get(FIELD) if isinstance(data, Mapping) else None
-    if name is None:
-        name = getattr(request.sampling_params, FIELD, None)
+    name = _field(request, FIELD)
     if name is None:
         return ""
     if not isinstance(name, str):
@@ -45,6 +46,20 @@ def requested_arm(request) -> str:
             f"{FIELD}: it is {name!r} ({type(name).__name__}); expected an arm's name as text"
         )
     return name
+
+
+def requested_key(request) -> str:
+    """What an `InferenceRequest` gives as its conversation's key: requests with the same one have the same arm. Empty:
+    nothing, or not text."""
+    key = _field(request, KEY_FIELD)
+    # JSON can write what UTF-8 cannot.
+    return key.encode(errors="replace").decode() if isinstance(key, str) else ""
+
+
+def _field(request, name: str):
+    data = request.request_data
+    value = data.get(name) if isinstance(data, Mapping) else None
+    return value if value is not None else getattr(request.sampling_params, name, None)
 
 
 def wrap_register_routes(original: Callable) -> Callable:

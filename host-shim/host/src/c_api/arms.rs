@@ -138,8 +138,9 @@ pub unsafe extern "C" fn kvhook_control(
     unsafe { guard(error, body) }
 }
 
-/// The arms as JSON text: `{"safe_mode": false, "arms": [{"name": ..., "plugin": ..., "weight": ..., "state": ...,
-/// "cause": ..., "live": ...}]}`, with all keys of the form. `cause` says why a guard switched the arm off.
+/// The arms as JSON text: `{"safe_mode": false, "instances": 1, "arms": [{"name": ..., "plugin": ..., "weight": ...,
+/// "state": ..., "cause": ..., "live": ...}]}`, with all keys of the form. `cause` says why a guard switched the arm off;
+/// `instances` counts those of all hosts of the process that are not destroyed yet.
 ///
 /// Thread: any.
 /// Returns `KVHOOK_ERR_BUFFER_TOO_SMALL`: nothing was written, and `out.length` says how many bytes are needed.
