@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The C++ engine over the C plugin, noop and truncate, under AddressSanitizer with UndefinedBehaviorSanitizer, and with two
-# threads under ThreadSanitizer. Host and plugins are instrumented, too. Planted bugs show that each can fail.
+# threads under ThreadSanitizer, also while a third one swaps the plugins. Host and plugins are instrumented, too. Planted bugs show that each can fail.
 #
 # RUSTC_BOOTSTRAP lets a stable compiler take the flags; --target keeps build scripts free of them. Needs clang++ or g++ with
 # the sanitizers' runtimes. Builds into target/sanitizers, or $KVHOOK_SANITIZERS_DIR. Under 5 minutes on 2 cores.
@@ -72,6 +72,7 @@ for cache in contiguous paged; do
     clean address truncate --config "$attention" --expect 32 --cache $cache
     clean address truncate --config "$draw" --expect 40 --cache $cache --late 1
 done
+clean address truncate --config "$attention" --expect 32 --threads 2 --late 2 --swaps 100
 clean address truncate --config align=block,budget=20,every=16 --expect 24 --cache paged
 
 export TSAN_OPTIONS=halt_on_error=1:suppressions=$PWD/tests/c/tsan.supp
@@ -81,4 +82,9 @@ clean thread window-c --config recent=16 --expect 20 --threads 2
 clean thread noop --threads 2 --cache paged
 clean thread truncate --config "$attention" --threads 2
 clean thread truncate --config "$draw" --threads 2 --cache paged --late 1
+# Arms get new instances all the while.
+clean thread window-c --config recent=16 --expect 20 --threads 2 --swaps 300
+clean thread noop --threads 2 --swaps 300
+clean thread truncate --config "$attention" --threads 2 --cache paged --late 2 --swaps 300
+clean thread truncate --config "$draw" --threads 2 --swaps 300
 echo "== sanitizers: all well"

@@ -1,7 +1,7 @@
 // A small engine in C++17 that compresses its cache through kvhook.hpp and nothing else: it drives a toy model,
 // whose outputs are compared with the same model under a mask (toy_model.hpp).
 //
-//   engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--threads N] [--late STEPS] [--expect ROWS] [--copies FOLDER]
+//   engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--threads N] [--late STEPS] [--expect ROWS] [--copies FOLDER] [--swaps N]
 //
 // PLUGIN is the path of a library. Each thread drives sequences of its own on an arm of its own. --late commits so many
 // steps after prepare. --expect says how many rows each layer keeps of the prompt. Prints a line with OK for each
@@ -32,7 +32,7 @@ constexpr std::uint32_t RANK = 0;
 struct Options {
     std::string plugin, config, copies;
     bool paged = false;
-    std::size_t threads = 1, late = 0;
+    std::size_t threads = 1, late = 0, swaps = 0;
     std::optional<std::uint64_t> expect;
 };
 
@@ -320,15 +320,32 @@ int run(const Options &options) {
             arms.push_back("arm" + std::to_string(i));
             take(host.set_arm(arms.back(), options.plugin, options.config), "set_arm");
         }
+        std::atomic<bool> swapping{options.swaps > 0};
         const auto drive = [&](std::size_t thread) {
             try {
-                for (std::uint64_t round = 0; round < 3; ++round) Session(host, model, options, arms[thread], 100 * thread + round).run();
+                for (std::uint64_t round = 0; round < 3 || swapping; ++round) Session(host, model, options, arms[thread], 100 * thread + round).run();
             } catch (const std::exception &error) {
                 std::fprintf(stderr, "FAILED %s: %s\n", arms[thread].c_str(), error.what());
                 ++failures;
             }
         };
+        // Gives each arm new instances, again and again, beside an arm that comes and goes.
+        const auto swap = [&] {
+            try {
+                for (std::size_t i = 0; i < options.swaps; ++i) {
+                    const std::string spare = i % 2 == 0 ? R"({"add": {"name": "spare", "plugin": ")" + options.plugin + R"("}})" : R"({"remove": "spare"})";
+                    const std::string replace = R"({"replace": {"name": ")" + arms[i % arms.size()] + R"("}})";
+                    take(host.control(R"({"changes": [)" + spare + ", " + replace + R"(, {"weights": {"arm0": 2}}]})"), "control");
+                    if (take(host.arms_json(), "arms").find("arm0") == std::string::npos) fail("arm0 is not in the list");
+                }
+            } catch (const std::exception &error) {
+                std::fprintf(stderr, "FAILED swap %s\n", error.what());
+                ++failures;
+            }
+            swapping = false;
+        };
         std::vector<std::thread> threads;
+        if (options.swaps > 0) threads.emplace_back(swap);
         for (std::size_t i = 1; i < options.threads; ++i) threads.emplace_back(drive, i);
         drive(0);
         for (std::thread &thread : threads) thread.join();
@@ -339,7 +356,7 @@ int run(const Options &options) {
 
 Options parse(int count, char **arguments) {
     Options options;
-    if (count < 2) fail("usage: engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--threads N] [--late STEPS] [--expect ROWS] [--copies FOLDER]");
+    if (count < 2) fail("usage: engine PLUGIN [--config TEXT] [--cache contiguous|paged] [--threads N] [--late STEPS] [--expect ROWS] [--copies FOLDER] [--swaps N]");
     options.plugin = arguments[1];
     if (options.plugin.find('/') == std::string::npos) fail("PLUGIN is a path with a folder");
     for (int i = 2; i < count; i += 2) {
@@ -352,6 +369,7 @@ Options parse(int count, char **arguments) {
         else if (key == "--late") options.late = std::stoul(value);
         else if (key == "--expect") options.expect = std::stoul(value);
         else if (key == "--copies") options.copies = value;
+        else if (key == "--swaps") options.swaps = std::stoul(value);
         else fail("unknown argument " + key + " " + value);
     }
     return options;

@@ -1,11 +1,10 @@
 //! Arms: their states, and their generations of instances.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use kvhook_abi::raw::*;
-use parking_lot::{Mutex, RwLock};
 
 use crate::error::HostError;
 use crate::figures::{Figures, Timed};
@@ -14,6 +13,7 @@ use crate::instance::{Event, Instance, Needs};
 use crate::model::is_planned;
 use crate::services::Services;
 use crate::spec::{ArmSpec, LayerSet};
+use crate::sync::{AtomicBool, AtomicU8, AtomicU64, Mutex, RwLock};
 
 /// What an arm does with sequences. The operator sets it; a guard may set [`ArmState::Disabled`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -51,7 +51,7 @@ impl Host {
         let sequence = self.sequence(ask.uid)?;
         self.migrate(&sequence);
         self.reached(&sequence, ask.next_position);
-        let (generation, epoch) = {
+        {
             let mut state = self.live(&sequence)?;
             if ask.lengths.len() != state.generation.planned.len() {
                 return Err(HostError::Argument(format!(
@@ -63,30 +63,34 @@ impl Host {
             if state.ticket.is_some() || !is_due(&mut state, ask) {
                 return Ok(keep(KVH_REASON_NONE, ask));
             }
-            // That was counted when it broke.
-            if let Some(reason) = state.broken {
-                return Ok(keep(reason, ask));
-            }
-            let queries = state.ranks.iter().map(|rank| rank.queries_seen(sequence.prompt_length)).min().unwrap_or(0);
-            let answer = state.ranks.iter().all(|rank| rank.saw_answer(sequence.prompt_length, ask.next_position));
-            let seen = (queries, answer);
-            if let Err(refusal) = self.may_compress(&sequence, &state, ask.event, ask.next_position, seen) {
-                return Ok(self.keep_because(&sequence, refusal, ask));
-            }
-            (state.generation.clone(), state.epoch)
-        };
-
-        let mut instance = generation.ranks[0].instance.lock();
-        {
-            // Whoever frees the sequence from here on waits for the instance before it tells it.
-            let mut state = self.live(&sequence)?;
-            if !Arc::ptr_eq(&state.generation, &generation) {
-                return Ok(keep(KVH_REASON_NONE, ask));
-            }
-            state.ranks[0].touched = true;
         }
-        let answered = self.bound(&mut instance, &sequence, &generation, epoch, ask);
-        drop(instance);
+        let (generation, epoch, answered) = loop {
+            let (generation, epoch) = {
+                let state = self.live(&sequence)?;
+                // That was counted when it broke.
+                if let Some(reason) = state.broken {
+                    return Ok(keep(reason, ask));
+                }
+                if let Err(refusal) = self.may_be_asked(&sequence, &state, ask) {
+                    drop(state);
+                    return Ok(self.keep_because(&sequence, refusal, ask));
+                }
+                (state.generation.clone(), state.epoch)
+            };
+            let mut instance = generation.ranks[0].instance.lock();
+            {
+                // Whoever frees the sequence from here on waits for the instance before it tells it.
+                let mut state = self.live(&sequence)?;
+                if !Arc::ptr_eq(&state.generation, &generation) {
+                    // It moved to other instances meanwhile: those are asked.
+                    continue;
+                }
+                state.ranks[0].touched = true;
+            }
+            let answered = self.bound(&mut instance, &sequence, &generation, epoch, ask);
+            drop(instance);
+            break (generation, epoch, answered);
+        };
 
         let decided = answered.and_then(|(counts, reason)| {
             let decision = self.decide(0, ask, &counts, reason)?;
@@ -109,6 +113,14 @@ impl Host {
                 Ok(Answer { decision, reason: KVH_REASON_NONE, counts })
             }
         }
+    }
+
+    /// Whether every rank was shown what the plugin wants to have seen.
+    fn may_be_asked(&self, sequence: &Sequence, state: &State, ask: &Ask<'_>) -> Result<(), Refusal> {
+        let (generation, prompt) = (&state.generation, sequence.prompt_length);
+        let queries = state.ranks.iter().map(|rank| rank.queries_seen(generation, prompt)).min().unwrap_or(0);
+        let answer = state.ranks.iter().all(|rank| rank.saw_answer(generation, prompt, ask.next_position));
+        self.may_compress(sequence, state, ask.event, ask.next_position, (queries, answer))
     }
 
     /// Calls `bound` on an instance. Gives the counts and the plugin's reason for a keep.

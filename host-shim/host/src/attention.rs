@@ -160,7 +160,7 @@ impl Host {
             let Err(error) = &called else {
                 let mut state = seen.sequence.state.lock();
                 if let Some(rank) = state.ranks.get_mut(rank) {
-                    rank.saw_queries(seen.step.first_position, seen.step.tokens);
+                    rank.saw_queries(step.layer as usize, seen.step.first_position, seen.step.tokens);
                 }
                 continue;
             };

@@ -5,11 +5,10 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use kvhook_abi::raw::*;
-use parking_lot::{Mutex, RwLock};
 use serde_json::{Map, Value, json};
 
 use crate::arm::{Arm, Generation, RankInstance, Wants};
@@ -27,6 +26,7 @@ use crate::raw::*;
 use crate::sequence::Sequence;
 use crate::services::Services;
 use crate::spec::{self, ArmSpec, LayerSet};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, RwLock};
 use crate::ticket::Tickets;
 
 /// How to make a host.

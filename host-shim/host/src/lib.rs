@@ -41,6 +41,7 @@ pub mod raw;
 pub mod sequence;
 pub mod services;
 pub mod spec;
+mod sync;
 pub mod ticket;
 pub mod view;
 

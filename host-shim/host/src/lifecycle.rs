@@ -17,6 +17,7 @@ use crate::instance::Event;
 use crate::raw::*;
 use crate::sequence::{RankState, Sequence, State};
 use crate::spec::NO_ARM;
+use crate::sync::MutexGuard;
 
 /// A sequence that begins.
 #[derive(Default)]
@@ -145,8 +146,7 @@ impl Host {
             for (positions, &length) in rank.positions.iter_mut().zip(lengths) {
                 positions.cut(length);
             }
-            rank.queries.end = rank.queries.end.min(next_position);
-            rank.queries.start = rank.queries.start.min(rank.queries.end);
+            rank.cut(next_position);
         }
         state.failed = None;
         state.asked = None;
@@ -255,8 +255,9 @@ impl Host {
     /// Moves a sequence to its arm's current instances, unless the old ones hold state for it or a ticket is open. The old
     /// instances are told that it has ended, as far as they are concerned. Not to be called with an instance's lock.
     pub(crate) fn migrate(&self, sequence: &Sequence) {
-        let current = sequence.arm.current();
         let mut state = sequence.state.lock();
+        // Read under this lock: what another thread moved it to is not older.
+        let current = sequence.arm.current();
         let stays = Arc::ptr_eq(&state.generation, &current) || state.ticket.is_some() || state.holds_state();
         if !state.live || stays {
             return;
@@ -286,7 +287,7 @@ impl Host {
     }
 
     /// A sequence's state, if it is live.
-    pub(crate) fn live<'a>(&self, sequence: &'a Sequence) -> Result<parking_lot::MutexGuard<'a, State>, HostError> {
+    pub(crate) fn live<'a>(&self, sequence: &'a Sequence) -> Result<MutexGuard<'a, State>, HostError> {
         let state = sequence.state.lock();
         if state.live { Ok(state) } else { Err(HostError::UnknownUid(sequence.uid)) }
     }

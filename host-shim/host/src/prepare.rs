@@ -173,8 +173,8 @@ impl Host {
             drop((ticket, stale));
             return Err(reason);
         }
-        let seen = state.ranks[rank].queries_seen(sequence.prompt_length);
-        let answer = state.ranks[rank].saw_answer(sequence.prompt_length, next_position);
+        let seen = state.ranks[rank].queries_seen(&state.generation, sequence.prompt_length);
+        let answer = state.ranks[rank].saw_answer(&state.generation, sequence.prompt_length, next_position);
         let lengths = request.layers.lengths();
         let joined = self
             .may_compress(&sequence, &state, event, next_position, (seen, answer))

@@ -3,16 +3,16 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use kvhook_abi::raw::*;
-use parking_lot::Mutex;
 
 use crate::arm::{Arm, Generation};
 use crate::instance::Event;
 use crate::memory::SequenceMemory;
 use crate::positions::Positions;
 use crate::raw::KvhookReason;
+use crate::sync::{AtomicBool, AtomicU64, Mutex};
 use crate::ticket::{Failed, Ticket};
 
 /// A live sequence of an arm.
@@ -134,8 +134,8 @@ pub struct RankState {
     pub touched: bool,
     /// `before_attention` was called.
     pub attended: bool,
-    /// Positions whose queries were seen, without a gap.
-    pub queries: Range<u64>,
+    /// Positions whose queries were seen, without a gap, for each layer.
+    pub queries: Vec<Range<u64>>,
     /// The stream of the rank's last call; null before.
     pub stream: AtomicPtr<c_void>,
 }
@@ -144,11 +144,11 @@ impl RankState {
     /// Nothing was called or seen yet.
     pub fn new(positions: Vec<Positions>) -> Self {
         Self {
+            queries: vec![0..0; positions.len()],
             positions,
             memory: SequenceMemory::default(),
             touched: false,
             attended: false,
-            queries: 0..0,
             stream: AtomicPtr::default(),
         }
     }
@@ -158,23 +158,43 @@ impl RankState {
         Self { stream: self.stream.load(Ordering::Relaxed).into(), ..Self::new(self.positions.clone()) }
     }
 
-    /// How many of the prompt's last queries were seen.
-    pub fn queries_seen(&self, prompt_length: u64) -> u64 {
-        if self.queries.end >= prompt_length { prompt_length.saturating_sub(self.queries.start) } else { 0 }
+    /// How many of the prompt's last queries these instances were shown, in each layer that they want.
+    pub fn queries_seen(&self, generation: &Generation, prompt_length: u64) -> u64 {
+        let seen = |queries: &Range<u64>| {
+            if queries.end >= prompt_length { prompt_length.saturating_sub(queries.start) } else { 0 }
+        };
+        self.wanted(generation).map(seen).min().unwrap_or(0)
     }
 
-    /// Whether all queries behind the prompt were seen, up to the next token's position.
-    pub fn saw_answer(&self, prompt_length: u64, next_position: u64) -> bool {
-        next_position <= prompt_length || (self.queries.start <= prompt_length && self.queries.end >= next_position)
+    /// Whether they were shown all queries behind the prompt, up to the next token's position.
+    pub fn saw_answer(&self, generation: &Generation, prompt_length: u64, next_position: u64) -> bool {
+        let seen = |queries: &Range<u64>| queries.start <= prompt_length && queries.end >= next_position;
+        next_position <= prompt_length || self.wanted(generation).all(seen)
     }
 
-    /// Queries of `tokens` tokens from `first` on were seen.
-    pub fn saw_queries(&mut self, first: u64, tokens: u64) {
+    fn wanted(&self, generation: &Generation) -> impl Iterator<Item = &Range<u64>> {
+        let layers = self.queries.iter().zip(&generation.planned).zip(0..);
+        layers
+            .filter(|((_, planned), layer)| **planned && generation.needs.wants_layer(*layer))
+            .map(|((seen, _), _)| seen)
+    }
+
+    /// Queries of `tokens` tokens from `first` on were seen in a layer.
+    pub fn saw_queries(&mut self, layer: usize, first: u64, tokens: u64) {
+        let Some(queries) = self.queries.get_mut(layer) else { return };
         let end = first.saturating_add(tokens);
-        if self.queries.is_empty() || first > self.queries.end || first < self.queries.start {
-            self.queries = first..end;
+        if queries.is_empty() || first > queries.end || first < queries.start {
+            *queries = first..end;
         } else {
-            self.queries.end = self.queries.end.max(end);
+            queries.end = queries.end.max(end);
+        }
+    }
+
+    /// Nothing behind a position is there any more.
+    pub fn cut(&mut self, next_position: u64) {
+        for queries in &mut self.queries {
+            queries.end = queries.end.min(next_position);
+            queries.start = queries.start.min(queries.end);
         }
     }
 }

@@ -141,13 +141,13 @@ impl Shared {
         let Choice { plugin, config, .. } = &self.menu[choice];
         let config = format!("{config}{fault}");
         let from = self.clock.fetch_add(1, SeqCst);
+        // Noted before: a sequence may have it, and end, before the command returns.
+        self.installed.lock().unwrap().push(Installed { arm, choice, from, to: u64::MAX });
         assert!(self.control(&json!([{verb: {"name": arm, "plugin": plugin, "config": config}}])), "{config}");
         let now = self.clock.fetch_add(1, SeqCst);
         let mut installed = self.installed.lock().unwrap();
-        if let Some(before) = installed.iter_mut().rev().find(|other| other.arm == arm && other.to == u64::MAX) {
-            before.to = now;
-        }
-        installed.push(Installed { arm, choice, from, to: u64::MAX });
+        let before = installed.iter_mut().rev().filter(|other| other.arm == arm).nth(1);
+        before.into_iter().for_each(|before| before.to = now);
     }
 
     /// Whether an arm, or any where none is named, had the plugin at a moment between these.
