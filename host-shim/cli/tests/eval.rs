@@ -54,7 +54,8 @@ fn verdicts_follow_paired_differences() {
     assert_eq!(verdicts, [Verdict::Better, Verdict::Worse, Verdict::Undecided]);
     let sentences: Vec<&str> = evaluation.against.iter().map(|against| against.sentence.as_str()).collect();
     assert!(sentences[0].starts_with("Better than random with guard: KL 0.5"), "{}", sentences[0]);
-    assert!(sentences[1].starts_with("Worse than streaming: KL 2.0"), "{}", sentences[1]);
+    assert!(sentences[1].starts_with("Worse than streaming: KL 1.9"), "{}", sentences[1]);
+    assert!(evaluation.against[1].kl.unwrap().interval.unwrap().covers(2.0), "{}", sentences[1]);
     assert!(
         sentences[2].starts_with("No difference from key_diff that these 12 passages can show"),
         "{}",
@@ -109,8 +110,8 @@ fn passkeys_are_told_apart_by_the_sign_test() {
     }
     let evaluation = Evaluation::of(&comparison, PLUGIN, 12);
     let sentence = evaluation.costs.iter().find(|sentence| sentence.contains("passkey")).unwrap();
-    assert!(sentence.contains("in 12 of 12") && sentence.contains("random with guard 6: more"), "{sentence}");
-    assert!(sentence.contains("streaming 7.") && !sentence.contains("streaming 7:"), "{sentence}");
+    assert!(sentence.contains("in 12 of 12") && sentence.contains("random with guard 6 (fewer)"), "{sentence}");
+    assert!(sentence.contains("streaming 7."), "{sentence}");
 }
 
 #[test]

@@ -106,8 +106,8 @@ fn passkey(comparison: &Comparison, own: &Arm) -> Option<String> {
             let pairs = own.measures.iter().zip(&arm.measures);
             let pairs = pairs.filter_map(|(own, other)| Some((own.passkey_found?, other.passkey_found?)));
             let claim = match Discordant::of(pairs).first_more() {
-                Some(true) => ": fewer",
-                Some(false) => ": more",
+                Some(true) => " (fewer)",
+                Some(false) => " (more)",
                 None => "",
             };
             Some(format!("{title} {}{claim}", found(arm)?.yes))

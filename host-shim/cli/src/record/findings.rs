@@ -76,11 +76,13 @@ impl<'a> Findings<'a> {
         // Of equal ones the first.
         let most = (0..arms.len()).rev().max_by_key(|&index| sequences(&arms[index])).unwrap_or(0);
         let reference = arms.iter().position(|arm| Some(arm.name) == against).unwrap_or(most);
-        let mut sentences: Vec<Finding> = arms.iter().flat_map(alone).collect();
+        // What needs a hand, what tells arms apart, and what stands in the table as well.
+        let mut sentences: Vec<Finding> = arms.iter().filter_map(faults).collect();
         if let Some(reference) = arms.get(reference) {
             let others = arms.iter().filter(|arm| arm.name != reference.name);
             sentences.extend(others.flat_map(|arm| pair(arm, reference)));
         }
+        sentences.extend(arms.iter().flat_map(alone));
         Self { arms, reference, sentences }
     }
 }
@@ -89,18 +91,18 @@ fn finding(weight: Weight, text: String) -> Finding {
     Finding { text, weight }
 }
 
+fn faults(arm: &Arm<'_>) -> Option<Finding> {
+    let history = arm.history?;
+    let faults: Vec<String> = history.faults().map(|(reason, count)| format!("{count} × {reason}")).collect();
+    let (name, faults, sequences) = (arm.name, faults.join(", "), history.total.sequences);
+    (!faults.is_empty()).then(|| finding(Weight::Fault, format!("{name} failed: {faults} in {sequences} sequences.")))
+}
+
 /// What one arm did.
 fn alone(arm: &Arm<'_>) -> Vec<Finding> {
-    let mut found = Vec::new();
     let name = arm.name;
-    if let Some(history) = arm.history {
-        let faults: Vec<String> = history.faults().map(|(reason, count)| format!("{count} × {reason}")).collect();
-        if !faults.is_empty() {
-            let (faults, sequences) = (faults.join(", "), history.total.sequences);
-            found.push(finding(Weight::Fault, format!("{name} failed: {faults} in {sequences} sequences.")));
-        }
-        found.push(finding(Weight::Fact, freed(name, &history.total)));
-    }
+    let mut found = Vec::new();
+    found.extend(arm.history.map(|history| finding(Weight::Fact, freed(name, &history.total))));
     if let Some(differing) = arm.probes.and_then(ArmProbes::differing) {
         found.push(finding(
             Weight::Fact,
@@ -118,6 +120,9 @@ fn alone(arm: &Arm<'_>) -> Vec<Finding> {
 
 fn freed(name: &str, total: &Counts) -> String {
     let sequences = total.sequences;
+    if sequences == 0 {
+        return format!("{name} served no sequence.");
+    }
     if let (0, Some(kept)) = (total.commits, total.shadow_kept()) {
         let kept = fixed(kept * 100.0, 1);
         return format!("{name}, a shadow, would have kept {kept} % of the entries of {sequences} sequences.");
