@@ -53,7 +53,7 @@ def test_no_request_notices_a_swap(kind, model, depth, prompts):
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps({name: value for name, value in found.items() if name != "wrong"}))
+    print(json.dumps(found | {"wrong": found["wrong"][:10]}))
     assert not found["wrong"], found["wrong"][:10]
     assert found["made"] + found["refused"] == SWAPS + SWAPS // 2
     assert found["refused"] > SWAPS // 20 and found["made"] > SWAPS
