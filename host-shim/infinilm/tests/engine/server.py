@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from pathlib import Path
 class Server:
     """A server that runs. Methods may be called from any thread."""
 
-    def __init__(self, port: int):
+    def __init__(self, port: int, process: int):
+        self.process = process
+        """Its id."""
         self._port = port
 
     def get(self, path: str) -> tuple[int, str]:
@@ -26,6 +29,14 @@ class Server:
             connection.request("GET", path)
             response = connection.getresponse()
             return response.status, response.read().decode()
+
+    def post(self, path: str, body) -> tuple[int, dict]:
+        """Status and what comes back, both sides JSON."""
+        with self._connection() as connection:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
 
     def figures(self) -> dict:
         """Of all arms."""
@@ -81,8 +92,8 @@ def _delta(line: str) -> str:
 
 
 @contextlib.contextmanager
-def serve(model: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
-    """Runs a server; its output goes into a file."""
+def serve(model: Path, flags: Sequence[str], log: Path, **env: str) -> Iterator[Server]:
+    """Runs a server; its output goes into a file. `env`: variables of its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,8 +110,10 @@ def serve(model: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
     ]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    server = Server(port)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | env
+        )
+    server = Server(port, process.pid)
     try:
         _wait(server, process, log)
         yield server

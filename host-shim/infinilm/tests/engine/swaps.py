@@ -17,6 +17,7 @@ GOOD = {
     "longer": ("truncate", "budget=36,sinks=4"),
     "key_diff": ("truncate", "budget=24,history=top,importance=key_diff,recent=8"),
     "half": ("faulty", "keep=0.5"),
+    "heads": ("faulty", "keep=0.4,plan=select-heads"),
 }
 """Plugin and config of the arms that compress."""
 
@@ -35,14 +36,14 @@ FAILING = [
     "bound=fail,after={n}",
     "bound=panic,after={n}",
     "damage=out-of-range,after={n}",
-    "damage=descending,plan=select-heads,after={n}",
+    "keep=0.4,damage=descending,plan=select-heads,after={n}",
     "damage=fewer,plan=ranges",
     "answer=above",
     "allocate=65536,free=panic",
     "destroy=panic,after={n}",
     "prefill_done=out-of-memory,after={n}",
 ]
-"""Configs of `faulty`: they load, and fail sooner or later. Where they do not they keep what `half` keeps."""
+"""Configs of `faulty`: they load, and fail sooner or later. Where they do not they keep what `half` or `heads` keep."""
 
 REFUSED = [
     ("faulty", "create=fail"),
