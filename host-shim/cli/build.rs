@@ -9,7 +9,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use tar::{Builder, Header};
 
-/// What the copies do not have: the module of this name in both crates, behind the feature of this name.
+/// What the copies do not have: the module of this name, behind the feature of this name, in the crates that have it.
 const LEFT_OUT: &str = "cuda";
 const LEFT_OUT_DECLARATION: &str = "#[cfg(feature = \"cuda\")]\npub mod cuda;\n";
 
@@ -21,7 +21,8 @@ fn main() -> Result<()> {
     let out = variable("OUT_DIR")?;
 
     let mut rust = Pack::new(&repository);
-    for (folder, name) in [("hook-abi", "kvhook-abi"), ("kernels", "kvhook-kernels")] {
+    let crates = [("hook-abi", "kvhook-abi"), ("kernels", "kvhook-kernels"), ("hook-abi/testing", "kvhook-testing")];
+    for (folder, name) in crates {
         rust.add_sources(&format!("{folder}/src"), &format!("vendor/{name}/src"))?;
         for licence in LICENCES {
             rust.add(licence, &format!("vendor/{name}/{licence}"))?;
@@ -29,6 +30,9 @@ fn main() -> Result<()> {
     }
     for file in ["build.rs", "examples/value_norm.rs"] {
         rust.add(&format!("hook-abi/{file}"), &format!("vendor/kvhook-abi/{file}"))?;
+    }
+    for file in ["captured/SOURCE.md", "captured/smollm2-135m.safetensors"] {
+        rust.add(&format!("hook-abi/testing/{file}"), &format!("vendor/kvhook-testing/{file}"))?;
     }
     rust.finish(&out.join("rust.tar.gz"))?;
 
@@ -54,10 +58,10 @@ impl<'a> Pack<'a> {
     /// Adds the file `from` of the repository as `to`.
     fn add(&mut self, from: &str, to: &str) -> Result<()> {
         println!("cargo::rerun-if-changed={}", self.repository.join(from).display());
-        let text = fs::read_to_string(self.repository.join(from)).map_err(|error| {
+        let bytes = fs::read(self.repository.join(from)).map_err(|error| {
             Error::new(error.kind(), format!("{from}, which `kvhook new` puts into projects: {error}"))
         })?;
-        self.append(&text, to)
+        self.append(&bytes, to)
     }
 
     /// Adds the sources of a crate, but for what is left out.
@@ -73,10 +77,10 @@ impl<'a> Pack<'a> {
                 self.add_sources(&from, &to)?;
             } else if name == "lib.rs" {
                 let text = fs::read_to_string(self.repository.join(&from))?;
-                if !text.contains(LEFT_OUT_DECLARATION) {
+                if names.iter().any(|name| name == LEFT_OUT) != text.contains(LEFT_OUT_DECLARATION) {
                     return Err(Error::other(format!("{from} does not declare the module `{LEFT_OUT}` as expected")));
                 }
-                self.append(&text.replace(LEFT_OUT_DECLARATION, ""), &to)?;
+                self.append(text.replace(LEFT_OUT_DECLARATION, "").as_bytes(), &to)?;
             } else {
                 self.add(&from, &to)?;
             }
@@ -84,11 +88,11 @@ impl<'a> Pack<'a> {
         Ok(())
     }
 
-    fn append(&mut self, text: &str, to: &str) -> Result<()> {
+    fn append(&mut self, bytes: &[u8], to: &str) -> Result<()> {
         let mut header = Header::new_gnu();
-        header.set_size(text.len() as u64);
+        header.set_size(bytes.len() as u64);
         header.set_mode(0o644);
-        self.archive.append_data(&mut header, to, text.as_bytes())
+        self.archive.append_data(&mut header, to, bytes)
     }
 
     fn finish(self, path: &Path) -> Result<()> {

@@ -50,6 +50,14 @@ static KvhStatus fail(KvhText *error, KvhStatus status, const char *format, ...)
     return status;
 }
 
+/* Whether a struct of the host's is there, with all its fields up to `field`. */
+#define HAS(pointer, type, field) ((pointer) != NULL && KVH_HAS(pointer, type, field))
+
+/* What a function answers that was called without what it needs. */
+static KvhStatus not_called_right(KvhText *error, const char *function) {
+    return fail(error, KVH_ERR_INVALID_ARGUMENT, "%s was called with a null argument, or one of another version", function);
+}
+
 /* Reads `recent=N` or `{"recent": N}`; an empty config leaves the default. */
 static int read_config(KvhStr config, uint64_t *recent) {
     char text[64], digits[10], brace[2], rest[2];
@@ -74,6 +82,9 @@ static int read_config(KvhStr config, uint64_t *recent) {
 }
 
 static KvhStatus create(const KvhCreateArgs *args, KvhInstance **instance, KvhText *error) {
+    if (!HAS(args, KvhCreateArgs, config) || instance == NULL) {
+        return not_called_right(error, "create");
+    }
     uint64_t recent = 0;
     if (!read_config(args->config, &recent)) {
         return fail(error, KVH_ERR_CONFIG,
@@ -102,7 +113,9 @@ static void destroy(KvhInstance *instance) {
 }
 
 static KvhStatus needs(KvhInstance *instance, KvhNeeds *needs, KvhText *error) {
-    (void)instance, (void)needs, (void)error;
+    if (instance == NULL || !HAS(needs, KvhNeeds, layer_mask_words)) {
+        return not_called_right(error, "needs");
+    }
     return KVH_OK;
 }
 
@@ -112,7 +125,9 @@ static uint64_t rows_kept(const KvhInstance *instance, uint64_t length) {
 }
 
 static KvhStatus bound(KvhInstance *instance, const KvhBoundArgs *args, KvhBoundOut *out, KvhText *error) {
-    (void)error;
+    if (instance == NULL || !HAS(args, KvhBoundArgs, segments) || !HAS(out, KvhBoundOut, reason)) {
+        return not_called_right(error, "bound");
+    }
 #ifdef PLANT_RACE
     count_call();
 #endif
@@ -161,6 +176,9 @@ static KvhStatus plan_layer(KvhInstance *instance, KvhCall *call, uint64_t seque
 }
 
 static KvhStatus on_prefill_done(KvhInstance *instance, const KvhPrepareArgs *args, KvhPrepareOut *out, KvhText *error) {
+    if (instance == NULL || !HAS(args, KvhPrepareArgs, stream) || !HAS(out, KvhPrepareOut, plans)) {
+        return not_called_right(error, "on_prefill_done");
+    }
     for (uint64_t i = 0; i < args->sequences.count; i++) {
         const KvhSequence *sequence = KVH_AT(KvhSequence, args->sequences, i);
         KvhPlan *plan = KVH_AT_MUT(KvhPlan, out->plans, i);

@@ -157,6 +157,9 @@ pub(crate) unsafe fn read_select(plan: &KvhLayerPlan, index: usize, layer: &Laye
     Ok(LayerPlan { count: kept, rows, as_ranges: has_ranges, shared: plan.index_stride_head == 0 })
 }
 
+/// What is computed from rows with such values may be infinite.
+const LARGE: f32 = 1e30;
+
 /// Copies a layer's new rows.
 ///
 /// # Safety
@@ -164,6 +167,7 @@ pub(crate) unsafe fn read_select(plan: &KvhLayerPlan, index: usize, layer: &Laye
 pub(crate) unsafe fn read_rewrite(
     plan: &KvhLayerPlan,
     index: usize,
+    layer: &Layer,
     lent: &Layer,
     next_position: u64,
 ) -> Result<NewRows, Fault> {
@@ -185,7 +189,11 @@ pub(crate) unsafe fn read_rewrite(
         rows.iter_mut().for_each(|head| head.truncate(count));
         rows
     });
-    if keys.iter().chain(&values).flatten().flatten().any(|value| !value.is_finite()) {
+    let sane = |rows: &PerHead| rows.iter().flatten().flatten().all(|value| value.abs() < LARGE);
+    let finite = |rows: &PerHead| rows.iter().flatten().flatten().all(|value| value.is_finite());
+    // Of a cache that holds no numbers, or too large ones, new rows hold none either.
+    let was_sane = sane(&layer.keys) && sane(&layer.values);
+    if was_sane && !(finite(&keys) && finite(&values)) {
         let what = "a lent row holds NaN or infinity: not filled, or computed from garbage".into();
         return Err(Fault::Plan { layer: index, what });
     }

@@ -502,7 +502,9 @@ unsafe fn read(
         }
         KVH_PLAN_REWRITE if known => {
             // SAFETY: the caller's promise.
-            let layer = |(index, layer)| unsafe { answer::read_rewrite(layer, index, &lent[index], next_position) };
+            let layer = |(index, layer)| unsafe {
+                answer::read_rewrite(layer, index, &sequence.layers[index], &lent[index], next_position)
+            };
             let layers = layers().map(layer).collect::<Result<_, _>>()?;
             Ok(Answer::Rewrite { layers, next_position: moved.then_some(next_position) })
         }

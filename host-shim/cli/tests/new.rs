@@ -56,6 +56,11 @@ fn target() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("projects")
 }
 
+/// Checks the rules that every plugin keeps.
+fn validate(library: &Path) {
+    succeed(Command::new(KVHOOK).arg("validate").arg(library));
+}
+
 /// Runs a plugin on the real model, and gives what is said of its work.
 fn run(plugin: &Path, config: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
@@ -79,11 +84,12 @@ fn projects_in_rust_pass_their_tests_and_run() {
         let (_parent, folder) = project(&[name, "--kind", kind]);
         let tested = cargo(&folder, &["test", "--release"]);
         assert!(tested.contains("test a_short_sequence_is_kept ... ok"), "{tested}");
+        assert!(tested.contains("test every_rule_holds ... ok"), "{tested}");
         // As strict as the project's own CI.
         cargo(&folder, &["clippy", "--release", "--all-targets", "--", "-D", "warnings"]);
         succeed(
             Command::new("rustfmt")
-                .args(["--edition", "2024", "--check", "src/lib.rs", "tests/plugin.rs"])
+                .args(["--edition", "2024", "--check", "src/lib.rs", "tests/plugin.rs", "tests/conformance.rs"])
                 .current_dir(&folder),
         );
         cargo(&folder, &["build", "--release"]);
@@ -91,6 +97,7 @@ fn projects_in_rust_pass_their_tests_and_run() {
         let checked = succeed(Command::new(KVHOOK).arg("inspect").arg(&library).args(["--load", "--json"]));
         let checked: serde_json::Value = serde_json::from_str(&checked).unwrap();
         assert_eq!((&checked["inspection"]["id"], &checked["passed"]), (&name.into(), &true.into()));
+        validate(&library);
         let said = run(&library, config);
         assert!(said.contains("compressed at position") && !said.contains("not compressed"), "{said}");
     }
@@ -103,6 +110,7 @@ fn projects_in_c_pass_their_tests_and_run() {
         let tested = succeed(Command::new("make").arg("test").current_dir(&folder));
         assert!(tested.contains("all tests passed"), "{tested}");
         let library = folder.join(format!("libkvhook_{}.so", name.replace('-', "_")));
+        validate(&library);
         let said = run(&library, config);
         assert!(said.contains("compressed at position") && !said.contains("not compressed"), "{said}");
     }

@@ -87,6 +87,38 @@ fn attention_keeps_what_the_last_queries_look_at() {
     }
 }
 
+/// Real keys share most of their direction, and attention goes to few of them.
+#[test]
+fn real_keys_and_queries_are_ranked_as_the_formulas_say() {
+    let real = captured();
+    for dtype in [Dtype::F32, Dtype::F16] {
+        let one = [real.sequence(1, dtype, PAGED)];
+        let plan = |importance: &str| {
+            let mut instance = made(&format!("history=top,importance={importance},keep=0.25,recent=16"), real.shape);
+            if importance.starts_with("attention") {
+                for layer in 0..real.shape.layers {
+                    instance.see(layer, KVH_PHASE_PREFILL, &[real.seen(1, layer)], dtype).unwrap();
+                }
+            }
+            instance.plan(&one).unwrap().remove(0)
+        };
+        for (importance, plan) in ["key_norm", "key_diff", "attention,window=16,pool=7"].map(|word| (word, plan(word)))
+        {
+            for (index, (plan, layer)) in plan.select().iter().zip(&one[0].layers).enumerate() {
+                assert_eq!(plan.count, real.tokens / 4);
+                for (head, kept) in plan.rows.iter().enumerate() {
+                    let scores = match importance {
+                        "key_norm" => reference::key_norm(layer, head),
+                        "key_diff" => reference::key_diff(layer, head),
+                        _ => reference::attention(layer, head, &real.layers[index].queries, 7),
+                    };
+                    assert_top(&scores, kept, 4, 16, 1e-5);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_prompt_shorter_than_the_window_uses_all_its_queries() {
     let mut instance = made("history=top,importance=attention,window=64,budget=20", SHAPE);

@@ -206,7 +206,7 @@ impl Faulty {
 
 /// `count` ascending rows of `length`: evenly spread for even heads, the last ones for odd heads.
 fn spread(length: usize, count: usize, head: usize) -> Vec<u32> {
-    let row = |i: usize| if head.is_multiple_of(2) { i * length / count } else { length - count + i };
+    let row = |i: usize| if head.is_multiple_of(2) { i * length / count } else { length.saturating_sub(count) + i };
     (0..count).map(|i| row(i) as u32).collect()
 }
 

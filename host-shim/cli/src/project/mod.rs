@@ -98,7 +98,8 @@ mod tests {
             let files = files(&folder);
             assert!(files.len() > 6, "{files:?}");
             for file in files {
-                let text = std::fs::read_to_string(folder.join(&file)).unwrap();
+                let bytes = std::fs::read(folder.join(&file)).unwrap();
+                let text = String::from_utf8_lossy(&bytes);
                 assert!(!file.contains("cuda") && !file.contains("plugin-name"), "{file}");
                 assert!(!text.contains("plugin-name") && !text.contains("plugin_name"), "{file}");
                 assert!(!text.contains("mod cuda;"), "{file}");
@@ -129,7 +130,9 @@ mod tests {
             std::fs::read_to_string(path).unwrap().parse().unwrap()
         };
         let workspace = &read("../../Cargo.toml")["workspace"];
-        for (own, copy) in [("hook-abi", "kvhook-abi"), ("kernels", "kvhook-kernels")] {
+        for (own, copy) in
+            [("hook-abi", "kvhook-abi"), ("kernels", "kvhook-kernels"), ("hook-abi/testing", "kvhook-testing")]
+        {
             let (own, copy) =
                 (read(&format!("../../{own}/Cargo.toml")), read(&format!("templates/rust/vendor/{copy}.toml")));
             for key in ["version", "edition", "rust-version", "license"] {

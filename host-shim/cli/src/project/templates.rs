@@ -23,16 +23,17 @@ pub fn of(language: Language, kind: Kind) -> impl Iterator<Item = Template> {
     common.iter().chain(own).copied()
 }
 
-const RUST: [Template; 9] = [
+const RUST: [Template; 10] = [
     ("Cargo.toml", template!("rust/Cargo.toml")),
     ("README.md", template!("rust/README.md")),
     ("build.rs", template!("rust/build.rs")),
     (".gitignore", template!("rust/gitignore")),
     (".rustfmt.toml", template!("rust/rustfmt.toml")),
     (".github/workflows/ci.yml", template!("rust/ci.yml")),
-    ("tests/mock/mod.rs", template!("rust/tests/mock/mod.rs")),
+    ("tests/conformance.rs", template!("rust/tests/conformance.rs")),
     ("vendor/kvhook-abi/Cargo.toml", template!("rust/vendor/kvhook-abi.toml")),
     ("vendor/kvhook-kernels/Cargo.toml", template!("rust/vendor/kvhook-kernels.toml")),
+    ("vendor/kvhook-testing/Cargo.toml", template!("rust/vendor/kvhook-testing.toml")),
 ];
 
 const RUST_SCORER: [Template; 2] =

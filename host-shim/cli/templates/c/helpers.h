@@ -27,6 +27,14 @@ static inline KvhStatus fail(KvhText *error, KvhStatus status, const char *forma
     return status;
 }
 
+/* Whether a struct of the host's is there, with all its fields up to `field`. */
+#define HAS(pointer, type, field) ((pointer) != NULL && KVH_HAS(pointer, type, field))
+
+/* What a function answers that was called without what it needs: a mistake in an engine must not crash its server. */
+static inline KvhStatus not_called_right(KvhText *error, const char *function) {
+    return fail(error, KVH_ERR_INVALID_ARGUMENT, "%s was called with a null argument, or one of another version", function);
+}
+
 /* Reads a config that has one key: `key=number` or `{"key": number}`. An empty config leaves `*value` as it is.
  * Gives 0 when it is something else, or the number is not from `least` to `most`. */
 static inline int read_number(KvhStr config, const char *key, double least, double most, double *value) {

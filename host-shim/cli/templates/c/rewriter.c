@@ -54,6 +54,9 @@ static void write_means(const KvhLayer *layer, const KvhRows *from, const KvhLay
 }
 
 static KvhStatus create(const KvhCreateArgs *args, KvhInstance **instance, KvhText *error) {
+    if (!HAS(args, KvhCreateArgs, config) || instance == NULL) {
+        return not_called_right(error, "create");
+    }
     double recent = DEFAULT_RECENT;
     if (!read_number(args->config, "recent", 0, 1e9, &recent) || recent != (double)(uint64_t)recent) {
         return fail(error, KVH_ERR_CONFIG,
@@ -99,12 +102,17 @@ static void destroy(KvhInstance *instance) {
 }
 
 static KvhStatus needs(KvhInstance *instance, KvhNeeds *needs, KvhText *error) {
-    (void)instance, (void)error;
+    if (instance == NULL || !HAS(needs, KvhNeeds, layer_mask_words)) {
+        return not_called_right(error, "needs");
+    }
     needs->must = KVH_CAN_REWRITE;
     return KVH_OK;
 }
 
 static KvhStatus bound(KvhInstance *instance, const KvhBoundArgs *args, KvhBoundOut *out, KvhText *error) {
+    if (instance == NULL || !HAS(args, KvhBoundArgs, segments) || !HAS(out, KvhBoundOut, reason)) {
+        return not_called_right(error, "bound");
+    }
     if (args->lengths.count != instance->layers) {
         return fail(error, KVH_ERR_INVALID_ARGUMENT, "%llu lengths for %llu layers",
                     (unsigned long long)args->lengths.count, (unsigned long long)instance->layers);
@@ -191,6 +199,9 @@ static void plan_sequence(KvhInstance *instance, KvhCall *call, uint64_t index, 
 }
 
 static KvhStatus on_prefill_done(KvhInstance *instance, const KvhPrepareArgs *args, KvhPrepareOut *out, KvhText *error) {
+    if (instance == NULL || !HAS(args, KvhPrepareArgs, stream) || !HAS(out, KvhPrepareOut, plans)) {
+        return not_called_right(error, "on_prefill_done");
+    }
     for (uint64_t i = 0; i < args->sequences.count; i++) {
         const KvhSequence *sequence = KVH_AT(KvhSequence, args->sequences, i);
         if (sequence->layers.count != instance->layers) {

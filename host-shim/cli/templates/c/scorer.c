@@ -31,6 +31,9 @@ static void score(const KvhLayer *layer, uint32_t head, float *row, float *score
 }
 
 static KvhStatus create(const KvhCreateArgs *args, KvhInstance **instance, KvhText *error) {
+    if (!HAS(args, KvhCreateArgs, config) || instance == NULL) {
+        return not_called_right(error, "create");
+    }
     double keep = 0.5;
     if (!read_number(args->config, "keep", 0, 1, &keep)) {
         return fail(error, KVH_ERR_CONFIG, "the config is not one of plugin-name: write keep=X, with X from 0 to 1");
@@ -67,7 +70,9 @@ static void destroy(KvhInstance *instance) {
 }
 
 static KvhStatus needs(KvhInstance *instance, KvhNeeds *needs, KvhText *error) {
-    (void)instance, (void)needs, (void)error;
+    if (instance == NULL || !HAS(needs, KvhNeeds, layer_mask_words)) {
+        return not_called_right(error, "needs");
+    }
     return KVH_OK;
 }
 
@@ -82,6 +87,9 @@ static uint64_t rows_kept(const KvhInstance *instance, uint64_t layer, uint64_t 
 }
 
 static KvhStatus bound(KvhInstance *instance, const KvhBoundArgs *args, KvhBoundOut *out, KvhText *error) {
+    if (instance == NULL || !HAS(args, KvhBoundArgs, segments) || !HAS(out, KvhBoundOut, reason)) {
+        return not_called_right(error, "bound");
+    }
     if (args->lengths.count != instance->layers) {
         return fail(error, KVH_ERR_INVALID_ARGUMENT, "%llu lengths for %llu layers",
                     (unsigned long long)args->lengths.count, (unsigned long long)instance->layers);
@@ -183,6 +191,9 @@ static void plan_sequence(KvhInstance *instance, KvhCall *call, uint64_t index, 
 }
 
 static KvhStatus on_prefill_done(KvhInstance *instance, const KvhPrepareArgs *args, KvhPrepareOut *out, KvhText *error) {
+    if (instance == NULL || !HAS(args, KvhPrepareArgs, stream) || !HAS(out, KvhPrepareOut, plans)) {
+        return not_called_right(error, "on_prefill_done");
+    }
     for (uint64_t i = 0; i < args->sequences.count; i++) {
         const KvhSequence *sequence = KVH_AT(KvhSequence, args->sequences, i);
         if (sequence->layers.count != instance->layers) {
