@@ -45,7 +45,7 @@ fn scatter(passage: usize) -> f64 {
 
 #[test]
 fn verdicts_follow_paired_differences() {
-    let unlike = |passage: usize| difficulty(passage) * if passage % 2 == 0 { 0.7 } else { 1.4 };
+    let unlike = |passage: usize| difficulty(passage) * if passage.is_multiple_of(2) { 0.7 } else { 1.4 };
     let worse = |passage: usize| difficulty(passage) * 2.0 * scatter(passage);
     let better = |passage: usize| difficulty(passage) * 0.5 * scatter(passage + 2);
     let comparison = made(12, difficulty, &[("random", &worse), ("streaming", &better), ("key_diff", &unlike)]);

@@ -180,7 +180,7 @@ impl<'a> Session<'a> {
 /// An order of `n` places in which neighbours lie about 0.62 `n` apart: its beginnings are spread as well.
 fn scattered(n: usize) -> Vec<usize> {
     let golden = (n as f64 * 0.618_034).round() as usize;
-    let divides = |step: &usize| (2..=*step).any(|factor| step % factor == 0 && n % factor == 0);
+    let divides = |step: &usize| (2..=*step).any(|factor| step.is_multiple_of(factor) && n.is_multiple_of(factor));
     let step = (golden.max(1)..).find(|step| !divides(step)).unwrap_or(1);
     (0..n).map(|i| i * step % n).collect()
 }
