@@ -68,7 +68,7 @@ impl Callbacks {
         if level > self.max_level() {
             return;
         }
-        let message = message.to_string();
+        let message = one_line(&message.to_string());
         self.forward(&KvhLogRecord {
             struct_size: size_of::<KvhLogRecord>(),
             level,
@@ -126,4 +126,14 @@ impl Callbacks {
 fn heap_layout(bytes: u64, alignment: u64) -> Option<Layout> {
     let layout = Layout::from_size_align(bytes.try_into().ok()?, alignment.try_into().ok()?).ok()?;
     (layout.size() > 0).then_some(layout)
+}
+
+/// A message as one line, whatever was in the names and texts that it quotes: they may come from a network, and end in a
+/// log. Control characters are written as in a Rust string.
+pub(crate) fn one_line(message: &str) -> String {
+    let mut line = String::with_capacity(message.len());
+    for character in message.chars() {
+        if character.is_control() { line.extend(character.escape_default()) } else { line.push(character) }
+    }
+    line
 }

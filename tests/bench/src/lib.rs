@@ -7,6 +7,7 @@
 //! | `decode` | decode with `noop`, without plugins, and after a cut | 1 %, 1 %, 5 % |
 //! | `grouped_mlp` | the MLP of `mlp-decouple` against a large matrix product of crate `gemm` | 60 % of its rate |
 //! | `mlp_quality` | KL behind `mlp-decouple` with its trained weights against uniform stride, paired | lower, p < 0.01 |
+//! | `swap` | the longest call that a swap delays, with 64 and 1,024 live sequences | 50 us |
 //! | `hooks_share` | the whole `truncate` hook against prefill, by importance | none |
 //!
 //! The bandwidth of the moving itself is gated beside the kernels: `cargo bench -p kvhook-kernels --bench select`.

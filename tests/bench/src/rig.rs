@@ -166,11 +166,35 @@ impl Rig {
     /// [`Error::Refused`].
     pub fn compress(&mut self) -> Result<Vec<u64>> {
         let length = self.shape.length as u64;
+        let uid = self.begin()?;
+        let (before, mut after) = (vec![length; self.shape.layers], vec![0u64; self.shape.layers]);
+        let layers = self.layers();
+        let ask = question(uid, &before);
+        let mut commit = KvhookCommit {
+            struct_size: size_of::<KvhookCommit>(),
+            ticket: 0,
+            layers: array(&layers),
+            fresh: array::<KvhLayer>(&[]),
+            next_position: length,
+            stream: null_mut(),
+            lengths: array_mut(&mut after),
+            new_next_position: 0,
+        };
+        let mut answer = no_answer();
+        // SAFETY: the host lives; the layers describe this rig's memory, which nobody else uses meanwhile.
+        call("kvhook_compress", |error| unsafe { kvhook_compress(self.host, &ask, &mut commit, &mut answer, error) })?;
+        // SAFETY: the host lives; there is no stream on the CPU.
+        call("kvhook_free", |error| unsafe { kvhook_free(self.host, uid, KVH_FREE_FINISHED, null_mut(), error) })?;
+        Ok(after)
+    }
+
+    /// Begins a sequence that fills the cache. Its uid.
+    fn begin(&self) -> Result<u64> {
         let begin = KvhookBegin {
             struct_size: size_of::<KvhookBegin>(),
             key: KvhStr::new(""),
             arm: KvhStr::new("arm"),
-            prompt_length: length,
+            prompt_length: self.shape.length as u64,
             segments: array::<KvhSegment>(&[]),
         };
         let mut sequence = KvhookSequence {
@@ -183,41 +207,26 @@ impl Rig {
         };
         // SAFETY: the host lives; the arguments are lent for the call.
         call("kvhook_begin", |error| unsafe { kvhook_begin(self.host, &begin, &mut sequence, error) })?;
-        let (before, mut after) = (vec![length; self.shape.layers], vec![0u64; self.shape.layers]);
-        let layers = self.layers();
-        let ask = KvhookAsk {
-            struct_size: size_of::<KvhookAsk>(),
-            uid: sequence.uid,
-            event: KVHOOK_EVENT_PREFILL_DONE,
-            reserved0: 0,
-            lengths: array(&before),
-            next_position: length,
-            shared_rows: 0,
-            published_rows: 0,
-        };
-        let mut commit = KvhookCommit {
-            struct_size: size_of::<KvhookCommit>(),
-            ticket: 0,
-            layers: array(&layers),
-            fresh: array::<KvhLayer>(&[]),
-            next_position: length,
-            stream: null_mut(),
-            lengths: array_mut(&mut after),
-            new_next_position: 0,
-        };
-        let mut answer = KvhookAnswer {
-            struct_size: size_of::<KvhookAnswer>(),
-            decision: KVHOOK_DECISION_KEEP,
-            reason: KVH_REASON_NONE,
-            counts: array_mut::<u64>(&mut []),
-        };
-        // SAFETY: the host lives; the layers describe this rig's memory, which nobody else uses meanwhile.
-        call("kvhook_compress", |error| unsafe { kvhook_compress(self.host, &ask, &mut commit, &mut answer, error) })?;
-        // SAFETY: the host lives; there is no stream on the CPU.
-        call("kvhook_free", |error| unsafe {
-            kvhook_free(self.host, sequence.uid, KVH_FREE_FINISHED, null_mut(), error)
-        })?;
-        Ok(after)
+        Ok(sequence.uid)
+    }
+
+    /// Begins so many sequences, which stay. The arm's plugin was asked about each, so it hears when one leaves it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`].
+    pub fn hold(&self, sequences: usize) -> Result<()> {
+        let lengths = vec![self.shape.length as u64; self.shape.layers];
+        for _ in 0..sequences {
+            let (ask, mut answer) = (question(self.begin()?, &lengths), no_answer());
+            // SAFETY: the host lives; the arguments are lent for the call.
+            call("kvhook_ask", |error| unsafe { kvhook_ask(self.host, &ask, &mut answer, error) })?;
+        }
+        Ok(())
+    }
+
+    /// What changes its arm, from any thread, as long as the rig lives.
+    pub fn operator(&self) -> Operator {
+        Operator(self.host)
     }
 
     fn layers(&mut self) -> Vec<KvhLayer> {
@@ -265,6 +274,51 @@ impl Rig {
         // SAFETY: the host lives; the figures are lent for the call.
         call("kvhook_figures", |error| unsafe { kvhook_figures(self.host, KvhStr::new("arm"), &mut figures, error) })?;
         Ok(Spent { plugin: figures.bound.total_ns + figures.on_prefill_done.total_ns, commit: figures.commit.total_ns })
+    }
+}
+
+/// Changes a rig's arm.
+#[derive(Debug, Clone, Copy)]
+pub struct Operator(*mut KvhookHost);
+
+// SAFETY: the host's functions may be called from any thread.
+unsafe impl Send for Operator {}
+
+impl Operator {
+    /// Makes a command's changes.
+    ///
+    /// # Errors
+    /// [`Error::Refused`].
+    ///
+    /// # Safety
+    /// The rig lives.
+    pub unsafe fn control(&self, command: &str) -> Result<()> {
+        // SAFETY: the host lives, by the caller's promise; the text is borrowed for the call.
+        call("kvhook_control", |error| unsafe {
+            kvhook_control(self.0, KvhStr::new(command), KVHOOK_SOURCE_OPERATOR, error)
+        })
+    }
+}
+
+fn question(uid: u64, lengths: &[u64]) -> KvhookAsk {
+    KvhookAsk {
+        struct_size: size_of::<KvhookAsk>(),
+        uid,
+        event: KVHOOK_EVENT_PREFILL_DONE,
+        reserved0: 0,
+        lengths: array(lengths),
+        next_position: lengths.first().copied().unwrap_or(0),
+        shared_rows: 0,
+        published_rows: 0,
+    }
+}
+
+fn no_answer() -> KvhookAnswer {
+    KvhookAnswer {
+        struct_size: size_of::<KvhookAnswer>(),
+        decision: KVHOOK_DECISION_KEEP,
+        reason: KVH_REASON_NONE,
+        counts: array_mut::<u64>(&mut []),
     }
 }
 

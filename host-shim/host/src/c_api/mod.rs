@@ -17,6 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use kvhook_abi::boundary::{self, Growing};
 use kvhook_abi::raw::*;
 
+use crate::callbacks::one_line;
 use crate::error::HostError;
 use crate::host::Host;
 use crate::raw::*;
@@ -64,7 +65,7 @@ unsafe fn guard(error: *mut KvhText, body: impl FnOnce() -> Result<(), HostError
         Ok(()) => KVHOOK_OK,
         Err(failure) => {
             // SAFETY: passed on from the caller.
-            unsafe { boundary::write_text(error, &failure.to_string()) };
+            unsafe { boundary::write_text(error, &one_line(&failure.to_string())) };
             failure.status()
         }
     }

@@ -1,7 +1,9 @@
 //! Arms that change while sequences run: by commands, by weights, by a guard.
 #![allow(clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "tests")]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod input;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -572,5 +574,52 @@ fn a_change_between_two_ranks_leaves_them_at_one() {
     // The other rank hears that the first one kept, and opens no ticket of its own.
     assert_eq!(engine.prepare(1, &cache, DONE, false), (0, KVHOOK_REASON_OTHER_RANK));
     assert_eq!((failing.live.load(SeqCst), good.prepared.load(SeqCst)), (0, 0));
+    engine.free(cache.uid, KVH_FREE_FINISHED).unwrap();
+}
+
+#[test]
+fn what_was_not_shown_is_not_planned_from() {
+    let watching = || Script {
+        must: KVH_CAN_STATE,
+        phases: KVH_PHASE_PREFILL | KVH_PHASE_DECODE,
+        window: 4,
+        grown_every: 4,
+        ..Script::default()
+    };
+    let script = Arc::new(watching());
+    let engine = scripted(SMALL, &script, &[("a", 1.0)]);
+    let grow = |cache: &mut Cache| {
+        for _ in 0..4 {
+            let position = cache.next_position;
+            cache.append(1);
+            engine.attend(&[&*cache], 0, position, 1, KVH_PHASE_DECODE);
+        }
+    };
+    const GROWN: i32 = KVHOOK_EVENT_GROWN;
+    let mut cache = begin_on(&engine, "a", 20);
+    engine.attend(&[&cache], 0, 0, 20, KVH_PHASE_PREFILL);
+    grow(&mut cache);
+    let ticket = engine.plan(&mut cache, GROWN, false).unwrap();
+    engine.commit(&mut cache, &script, ticket);
+    // While the arm is off its plugin sees nothing, and plans nothing for this sequence from then on.
+    control(&engine, json!([{"state": {"a": "disabled"}}])).unwrap();
+    grow(&mut cache);
+    control(&engine, json!([{"state": {"a": "serving"}}])).unwrap();
+    for _ in 0..2 {
+        grow(&mut cache);
+        assert_eq!(engine.plan(&mut cache, GROWN, false), Err(KVH_REASON_QUERIES_MISSING));
+    }
+    engine.free(cache.uid, KVH_FREE_FINISHED).unwrap();
+
+    // An engine that was not told to show decode, since the sequence began on other instances.
+    let other = Arc::new(Script { grown_every: 4, ..Script::default() });
+    control(&engine, json!([{"replace": {"name": "a", "config": other.register()}}])).unwrap();
+    let mut cache = begin_on(&engine, "a", 20);
+    let script = Arc::new(Script { window: 0, ..watching() });
+    control(&engine, json!([{"replace": {"name": "a", "config": script.register()}}])).unwrap();
+    let ticket = engine.plan(&mut cache, DONE, false).unwrap();
+    engine.commit(&mut cache, &script, ticket);
+    cache.append(4);
+    assert_eq!(engine.plan(&mut cache, GROWN, false), Err(KVH_REASON_QUERIES_MISSING));
     engine.free(cache.uid, KVH_FREE_FINISHED).unwrap();
 }
