@@ -124,9 +124,10 @@ impl Report {
         self.rules.iter().all(|rule| matches!(rule.outcome, Outcome::Holds { .. }))
     }
 
-    /// The report as JSON.
+    /// The report as JSON, with `holds`.
     pub fn to_json(&self) -> String {
-        let value = serde_json::json!(self);
+        let mut value = serde_json::json!(self);
+        value["holds"] = self.holds().into();
         format!("{value:#}\n")
     }
 
