@@ -18,6 +18,7 @@ const PLUGIN: &str = "mine";
 /// A comparison of `n` passages: the plugin with these KL, and controls by name with theirs.
 fn made(n: usize, own: impl Fn(usize) -> f64, controls: &[(&str, &dyn Fn(usize) -> f64)]) -> Comparison {
     let mut made = comparison(n);
+    made.settings.reference = PLUGIN.into();
     let pattern = made.arms[2].clone();
     made.arms.truncate(1);
     let arms = [(PLUGIN, &own as &dyn Fn(usize) -> f64)].into_iter().chain(controls.iter().copied());
@@ -63,7 +64,7 @@ fn verdicts_follow_paired_differences() {
     );
     assert_eq!(
         evaluation.conclusion,
-        "It chooses better than chance, but keeping the most recent entries is better, and costs nothing: better than \
+        "By KL it chooses better than chance, but keeping the most recent entries is better, and costs nothing: better than \
          random with guard; worse than streaming; not told apart from key_diff."
     );
     assert!(evaluation.problems.is_empty() && !evaluation.failed);
@@ -80,7 +81,7 @@ fn few_passages_claim_nothing() {
         let evaluation = Evaluation::of(&made(n, difficulty, &[("random", &worse)]), PLUGIN, 24);
         assert_eq!(evaluation.against[0].verdict, Verdict::Undecided);
         assert!(evaluation.against[0].sentence.contains("cannot tell"), "{}", evaluation.against[0].sentence);
-        assert!(evaluation.conclusion.starts_with("Nothing here shows"), "{}", evaluation.conclusion);
+        assert!(evaluation.conclusion.starts_with("KL does not show"), "{}", evaluation.conclusion);
         assert!(evaluation.problems[0].contains(&format!("after {n} of 24 passages")), "{:?}", evaluation.problems);
     }
 }
@@ -112,6 +113,11 @@ fn passkeys_are_told_apart_by_the_sign_test() {
     let sentence = evaluation.costs.iter().find(|sentence| sentence.contains("passkey")).unwrap();
     assert!(sentence.contains("in 12 of 12") && sentence.contains("random with guard 6 (fewer)"), "{sentence}");
     assert!(sentence.contains("streaming 7."), "{sentence}");
+    assert!(
+        evaluation.conclusion.ends_with(" It finds more passkeys than random with guard."),
+        "{}",
+        evaluation.conclusion
+    );
 }
 
 #[test]

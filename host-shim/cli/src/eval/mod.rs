@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::account::FAULTS;
 use crate::results::{Arm, Comparison, Measures};
-use crate::stats::Ratio;
+use crate::stats::{Discordant, Ratio};
 use controls::{CONTROLS, Control};
 
 /// Fewer passages than this tell nothing of differences.
@@ -42,19 +42,21 @@ pub struct Against {
     pub kl: Option<Ratio>,
     /// What that means.
     pub verdict: Verdict,
+    /// Whether the plugin finds more passkeys.
+    pub passkeys: Verdict,
     /// The same in words.
     pub sentence: String,
 }
 
-/// What two arms' KL tell.
+/// What two arms' measures tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// The plugin's is less.
+    /// The plugin is better: its KL is less, or it finds more.
     Better,
-    /// The plugin's is more.
+    /// It is worse.
     Worse,
-    /// The interval covers both.
+    /// The interval covers both, or there are too few passages.
     Undecided,
 }
 
@@ -92,13 +94,24 @@ impl Against {
             None => Verdict::Undecided,
         };
         let sentence = sentences::against(control, kl, verdict, own.measures.len());
-        Self { control: control.name.into(), kl, verdict, sentence }
+        let passkeys = match passkeys(own, other).first_more() {
+            Some(true) => Verdict::Better,
+            Some(false) => Verdict::Worse,
+            None => Verdict::Undecided,
+        };
+        Self { control: control.name.into(), kl, verdict, passkeys, sentence }
     }
 
     /// Name of the control in sentences.
     pub fn title(&self) -> &str {
         CONTROLS.iter().find(|control| control.name == self.control).map_or(&self.control, |control| control.title)
     }
+}
+
+/// Passkeys that only one of two arms finds.
+fn passkeys(own: &Arm, other: &Arm) -> Discordant {
+    let pairs = own.measures.iter().zip(&other.measures);
+    Discordant::of(pairs.filter_map(|(own, other)| Some((own.passkey_found?, other.passkey_found?))))
 }
 
 fn kl(arm: &Arm) -> Vec<f64> {

@@ -1,12 +1,12 @@
 //! What was found, in words.
 
 use super::controls::{CONTROLS, Control};
-use super::{Against, ENOUGH, Verdict};
+use super::{Against, ENOUGH, Verdict, passkeys};
 use crate::account::FAULTS;
 use crate::arm::FULL;
 use crate::format::{bracketed, brief, fixed, listed, mebibytes, percent, plain};
 use crate::results::{Arm, Comparison};
-use crate::stats::{Discordant, Estimate, Interval, Proportion, Ratio};
+use crate::stats::{Estimate, Interval, Proportion, Ratio};
 
 /// Entries kept that differ by more than this share are not the same number.
 const SAME_COUNT: f64 = 0.01;
@@ -103,9 +103,7 @@ fn passkey(comparison: &Comparison, own: &Arm) -> Option<String> {
     let others: Vec<String> = others
         .filter_map(|(name, title)| {
             let arm = comparison.arms.iter().find(|arm| arm.name == name)?;
-            let pairs = own.measures.iter().zip(&arm.measures);
-            let pairs = pairs.filter_map(|(own, other)| Some((own.passkey_found?, other.passkey_found?)));
-            let claim = match Discordant::of(pairs).first_more() {
+            let claim = match passkeys(own, arm).first_more() {
                 Some(true) => " (fewer)",
                 Some(false) => " (more)",
                 None => "",
@@ -146,18 +144,19 @@ pub(super) fn against(control: &Control, kl: Option<Ratio>, verdict: Verdict, pa
 
 /// Whether the idea is worth anything.
 pub(super) fn conclusion(against: &[Against]) -> String {
-    let of = |verdict: Verdict| -> Vec<&str> {
-        against.iter().filter(|against| against.verdict == verdict).map(Against::title).collect()
+    let where_it_is = |verdict: Verdict, measure: fn(&Against) -> Verdict| -> Vec<&str> {
+        against.iter().filter(|against| measure(against) == verdict).map(Against::title).collect()
     };
+    let of = |verdict| where_it_is(verdict, |against| against.verdict);
     let verdict_of = |name: &str| against.iter().find(|against| against.control == name).map(|against| against.verdict);
     let first = match (verdict_of(CONTROLS[0].name), verdict_of(CONTROLS[1].name)) {
         (None, _) => return "There is no control to judge by.".into(),
-        (Some(Verdict::Worse), _) => "It chooses worse than chance",
-        (Some(Verdict::Undecided), _) => "Nothing here shows that it chooses better than chance",
+        (Some(Verdict::Worse), _) => "By KL it chooses worse than chance",
+        (Some(Verdict::Undecided), _) => "KL does not show that it chooses better than chance",
         (Some(Verdict::Better), Some(Verdict::Worse)) => {
-            "It chooses better than chance, but keeping the most recent entries is better, and costs nothing"
+            "By KL it chooses better than chance, but keeping the most recent entries is better, and costs nothing"
         }
-        (Some(Verdict::Better), _) => "It chooses better than chance",
+        (Some(Verdict::Better), _) => "By KL it chooses better than chance",
     };
     let parts = [
         ("better than", of(Verdict::Better)),
@@ -169,7 +168,14 @@ pub(super) fn conclusion(against: &[Against]) -> String {
         .filter(|(_, names)| !names.is_empty())
         .map(|(how, names)| format!("{how} {}", listed(&names)))
         .collect();
-    format!("{first}: {}.", parts.join("; "))
+    let mut text = format!("{first}: {}.", parts.join("; "));
+    for (verdict, how) in [(Verdict::Better, "more"), (Verdict::Worse, "fewer")] {
+        let names = where_it_is(verdict, |against| against.passkeys);
+        if !names.is_empty() {
+            text += &format!(" It finds {how} passkeys than {}.", listed(&names));
+        }
+    }
+    text
 }
 
 fn passages_of(n: usize) -> String {

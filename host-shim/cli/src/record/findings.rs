@@ -146,6 +146,7 @@ fn pair(arm: &Arm<'_>, reference: &Arm<'_>) -> Vec<Finding> {
     found.extend(rates(arm, reference, "takes", "as much hook time for each token as", hooks));
     if let (Some(own), Some(other)) = (arm.probes, reference.probes) {
         found.extend(answers(arm.name, reference.name, own, other));
+        found.extend(lengths(arm.name, reference.name, own, other));
         found.extend(divergence(arm.name, reference.name, own, other));
     }
     found
@@ -221,6 +222,34 @@ fn answers(name: &str, other_name: &str, own: &ArmProbes, other: &ArmProbes) -> 
         });
     }
     found
+}
+
+/// On the same prompts: how far answers go with the uncompressed ones.
+fn lengths(name: &str, other_name: &str, own: &ArmProbes, other: &ArmProbes) -> Option<Finding> {
+    let pairs =
+        own.pairs(other).map(|(own, other)| [own.same_tokens(), other.same_tokens()].map(|share| share * 100.0));
+    let pairs: Vec<[f64; 2]> = pairs.collect();
+    let n = pairs.len();
+    if n < ENOUGH || pairs.iter().all(|[own, other]| own == other) {
+        return None;
+    }
+    let mean = |place: usize| brief(pairs.iter().map(|pair| pair[place]).sum::<f64>() / n as f64);
+    let difference = Estimate::of(pairs.iter().map(|[own, other]| own - other))?;
+    let interval = difference.interval()?;
+    let (own, other, bracket) = (mean(0), mean(1), bracketed(Some(interval)));
+    let shares = format!("{own} % of the tokens against {other} %, difference {}{bracket}", brief(difference.mean));
+    Some(if interval.covers(0.0) {
+        let text = format!(
+            "How far {name} and {other_name} follow the uncompressed answer: no difference that {n} probes can show; {shares}."
+        );
+        finding(Weight::Undecided, text)
+    } else {
+        let longer = if difference.mean > 0.0 { "further" } else { "less far" };
+        finding(
+            Weight::Difference,
+            format!("{name} follows the uncompressed answer {longer} than {other_name}: {shares}, {n} probes."),
+        )
+    })
 }
 
 fn divergence(name: &str, other_name: &str, own: &ArmProbes, other: &ArmProbes) -> Option<Finding> {

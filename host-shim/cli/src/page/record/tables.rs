@@ -105,7 +105,11 @@ pub fn divergence(findings: &Findings<'_>) -> Markup {
         return html! {};
     }
     let ends = |estimate: &Estimate| estimate.interval().map_or([estimate.mean; 2], |i| [i.low.max(0.0), i.high]);
-    let axis = Axis::linear(rows.iter().flat_map(|(_, _, kl)| ends(kl)).chain([0.0]));
+    let some = rows.iter().any(|(_, _, kl)| ends(kl)[1] > 0.0);
+    let axis = match some {
+        true => Axis::linear(rows.iter().flat_map(|(_, _, kl)| ends(kl)).chain([0.0])),
+        false => Axis::Linear { from: 0.0, to: 1.0 },
+    };
     let area = Area { left: 14.0, right: 424.0, top: 6.0, bottom: 10.0 + ROW * rows.len() as f64 };
     let said: Vec<String> = rows.iter().map(|(_, name, estimate)| format!("{name} {}", kl(estimate))).collect();
     let content = html! {

@@ -71,7 +71,11 @@ fn plot(
     }
     let (second, of_time) = UNITS.into_iter().find(|(length, _)| end - start >= 2.0 * length).unwrap_or(UNITS[3]);
     let time = Axis::linear([0.0, (end - start) / second]);
-    let axis = Axis::linear(points().map(|(_, value)| *value).chain([0.0]));
+    let some = points().any(|(_, value)| *value > 0.0);
+    let axis = match some {
+        true => Axis::linear(points().map(|(_, value)| *value).chain([0.0])),
+        false => Axis::Linear { from: 0.0, to: 1.0 },
+    };
     let marked = findings.arms.iter().all(|arm| arm.periods.len() <= MARKED);
     let place = |(at, value): (f64, f64)| (AREA.x(&time, at / second), AREA.y(&axis, value));
     let content = html! {
