@@ -54,7 +54,15 @@ pub fn expected_attention(
             let mut sorted = logits.clone();
             sorted.sort_by(f32::total_cmp);
             let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
-            eprintln!("head {head} min {} 10% {} 50% {} 90% {} max {} first {:?}", at(0.0), at(0.1), at(0.5), at(0.9), at(1.0), &logits[..5]);
+            eprintln!(
+                "head {head} min {} 10% {} 50% {} 90% {} max {} first {:?}",
+                at(0.0),
+                at(0.1),
+                at(0.5),
+                at(0.9),
+                at(1.0),
+                &logits[..5]
+            );
         }
         let total: f64 = logits[skip..].iter().map(|logit| f64::from((logit - highest).exp())).sum();
         for (attention, logit) in attention.iter_mut().zip(logits) {
