@@ -8,6 +8,8 @@
 //! - a plan keeps exactly its bound (or fewer, where the engine offers that), its rows ascend and exist;
 //! - a bound is not above the length, and what it says to keep is kept.
 //!
+//! [`captured()`] has real keys, values and queries; [`conformance`] has the rules that every plugin keeps.
+//!
 //! ```ignore
 //! use kvhook_testing::{Dtype, Engine, Form, Random, Sequence, Shape};
 //!

@@ -235,7 +235,7 @@ unsafe extern "C" fn create_from_anything(
 }
 
 unsafe extern "C" fn destroy_not_all(instance: *mut KvhInstance) {
-    vec![1u8; 1 << 14].leak();
+    std::hint::black_box(vec![1u8; 1 << 14].leak());
     if let Some(good) = good().destroy {
         // SAFETY: the host's instance, passed on.
         unsafe { good(instance) };

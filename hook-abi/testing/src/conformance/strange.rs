@@ -3,7 +3,7 @@
 use kvhook_abi::raw::*;
 
 use super::broken;
-use super::subject::{FORM, Subject};
+use super::subject::Subject;
 use crate::cache::Layer;
 use crate::engine::{Engine, Shape};
 use crate::fault::Fault;
@@ -134,7 +134,4 @@ fn sequences(subject: &Subject) -> Vec<(&'static str, Vec<Sequence>)> {
         ("an empty segment", segments(vec![segment(KVH_SEGMENT_IMAGE, 10, 0)])),
         ("one sequence twice", vec![prompt(), prompt()]),
     ]
-    .into_iter()
-    .filter(|(_, sequences)| sequences.iter().flat_map(|one| &one.layers).all(|layer| layer.form() == FORM))
-    .collect()
 }

@@ -1,7 +1,7 @@
 //! `kvhook validate`: the conformance rules of `kvhook-testing` on a plugin's file.
 //!
 //! The file is opened as a host opens it, and what can be checked without running it is checked first. Then each rule runs
-//! in a process of its own: this program again, for that rule ([`process`]). So a plugin that crashes or hangs breaks one
+//! in a process of its own: this program again, for that rule. So a plugin that crashes or hangs breaks one
 //! rule and no more.
 
 mod process;

@@ -133,7 +133,10 @@ impl Report {
 
     /// What stands before the rules.
     pub fn heading(&self) -> String {
-        printable(&format!("{}\n  config `{}`, shape {}, seed {}\n", self.plugin, self.config, self.shape, self.seed))
+        printable(&format!(
+            "{}\n  config `{}`, shape {}, RoPE base {}, seed {}\n",
+            self.plugin, self.config, self.shape, self.rope_base, self.seed
+        ))
     }
 
     /// What stands behind the rules.
@@ -144,7 +147,7 @@ impl Report {
         let broken = self.rules.iter().find(|rule| matches!(rule.outcome, Outcome::Broken { .. }));
         if let Some(rule) = broken {
             text += &format!(
-                "\nOne again, in a debugger for instance: \
+                "\nTo repeat the first broken one, in a debugger if need be: \
                  kvhook validate {} --config '{}' --shape {} --rope-base {} --seed {} --only {} --in-process",
                 self.plugin, self.config, self.shape, self.rope_base, self.seed, rule.name
             );
