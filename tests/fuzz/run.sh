@@ -18,7 +18,7 @@ export RUSTFLAGS="--cfg fuzzing ${coverage[*]} -Zsanitizer=address -Ccodegen-uni
 cargo build --quiet --locked --release --target $target --bins
 
 targets=("$@")
-[ $# -gt 0 ] || targets=(config config_noop metadata spec plan calls weights)
+[ $# -gt 0 ] || targets=(config config_noop metadata spec control plan calls weights)
 seconds=${KVHOOK_FUZZ_SECONDS:-10}
 found=$(mktemp -d)
 trap 'rm -rf "$found"' EXIT

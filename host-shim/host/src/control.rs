@@ -358,7 +358,8 @@ impl Host {
     /// Instances that were replaced, with the number of sequences that they serve.
     fn older_instances(&self) -> impl Iterator<Item = Value> {
         let older = self.older.lock().clone();
-        let sequences: Vec<_> = self.sequences.read().values().cloned().collect();
+        let mut sequences = Vec::new();
+        self.visit_sequences(|sequence| sequences.push(sequence.clone()));
         older.into_iter().filter_map(move |(arm, generation)| {
             let generation = generation.upgrade()?;
             let served = |sequence: &&Arc<Sequence>| Arc::ptr_eq(&sequence.state.lock().generation, &generation);

@@ -3,7 +3,7 @@
 //! Locks, in the order in which they may be held together: an instance's, a sequence's state, then one of the maps.
 //! A plugin runs under its instance's lock only; the engine's callbacks for memory never run under a map's.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -45,6 +45,9 @@ pub struct HostConfig {
     pub copy_folder: Option<PathBuf>,
 }
 
+/// Sequences that are looked up at once where all are gone through.
+const PAGE: usize = 32;
+
 /// The host of one model in this process.
 pub struct Host {
     pub(crate) callbacks: Callbacks,
@@ -52,7 +55,8 @@ pub struct Host {
     /// Where each rank's cache lies.
     pub(crate) devices: Vec<Device>,
     pub(crate) offers: KvhOffers,
-    pub(crate) sequences: RwLock<HashMap<u64, Arc<Sequence>>>,
+    /// By uid, so that it can be gone through in pages.
+    pub(crate) sequences: RwLock<BTreeMap<u64, Arc<Sequence>>>,
     pub(crate) tickets: Mutex<Tickets>,
     pub(crate) next_uid: AtomicU64,
     pub(crate) next_ticket: AtomicU64,
@@ -271,6 +275,19 @@ impl Host {
         sequence.arm.figures.fell_back(reason);
         if is_fault(reason) && sequence.fails_first() {
             self.judge(&sequence.arm, sequence.arm.guard.outcome(true));
+        }
+    }
+
+    /// Gives some sequences at a time to `visit`, in the order of their uids: those that are live now and stay live. Who
+    /// begins or ends one waits for a page at most.
+    pub(crate) fn visit_sequences(&self, mut visit: impl FnMut(&Arc<Sequence>)) {
+        let end = self.next_uid.load(Ordering::Relaxed);
+        let mut page = Vec::with_capacity(PAGE);
+        let mut next = 0;
+        while next < end {
+            page.extend(self.sequences.read().range(next..end).take(PAGE).map(|(_, sequence)| sequence.clone()));
+            next = page.last().filter(|_| page.len() == PAGE).map_or(end, |last| last.uid + 1);
+            page.drain(..).for_each(|sequence| visit(&sequence));
         }
     }
 

@@ -17,7 +17,7 @@ use crate::instance::Event;
 use crate::raw::*;
 use crate::sequence::{RankState, Sequence, State};
 use crate::spec::NO_ARM;
-use crate::sync::MutexGuard;
+use crate::sync::{MutexGuard, unlock_fairly};
 
 /// A sequence that begins.
 #[derive(Default)]
@@ -237,30 +237,44 @@ impl Host {
                         self.hook_failed("on_free", uid, generation, &error);
                     }
                 }
+                // A swap does this for many sequences: who serves one of them meanwhile waits for one call, not for all.
+                unlock_fairly(instance);
             }
             rank.memory.release(stream);
             rank.positions.iter().for_each(|positions| positions.release_on(stream));
         }
     }
 
-    /// Moves every sequence of an arm that may to the arm's current instances.
+    /// Moves every sequence of an arm that may to the arm's current instances. All have moved before the old instances,
+    /// which then nobody waits for any more, hear of the first.
     pub(crate) fn migrate_all(&self, arm: &Arc<Arm>) {
-        let sequences: Vec<_> =
-            self.sequences.read().values().filter(|sequence| Arc::ptr_eq(&sequence.arm, arm)).cloned().collect();
-        for sequence in sequences {
-            self.migrate(&sequence);
+        let mut left = Vec::new();
+        self.visit_sequences(|sequence| {
+            if Arc::ptr_eq(&sequence.arm, arm) {
+                left.extend(self.leave(sequence).map(|left| (sequence.clone(), left)));
+            }
+        });
+        for (sequence, (old, ranks)) in left {
+            self.tell_freed(&sequence, &old, &ranks, KVH_FREE_FINISHED, None);
         }
     }
 
     /// Moves a sequence to its arm's current instances, unless the old ones hold state for it or a ticket is open. The old
     /// instances are told that it has ended, as far as they are concerned. Not to be called with an instance's lock.
     pub(crate) fn migrate(&self, sequence: &Sequence) {
+        if let Some((old, ranks)) = self.leave(sequence) {
+            self.tell_freed(sequence, &old, &ranks, KVH_FREE_FINISHED, None);
+        }
+    }
+
+    /// Gives a sequence its arm's current instances, if it may have them. What it left is returned.
+    fn leave(&self, sequence: &Sequence) -> Option<(Arc<Generation>, Vec<RankState>)> {
         let mut state = sequence.state.lock();
         // Read under this lock: what another thread moved it to is not older.
         let current = sequence.arm.current();
         let stays = Arc::ptr_eq(&state.generation, &current) || state.ticket.is_some() || state.holds_state();
         if !state.live || stays {
-            return;
+            return None;
         }
         let old = core::mem::replace(&mut state.generation, current);
         let positions = state.ranks.iter().map(|rank| rank.anew()).collect();
@@ -268,8 +282,7 @@ impl Host {
         state.asked = None;
         state.broken = None;
         sequence.joined();
-        drop(state);
-        self.tell_freed(sequence, &old, &ranks, KVH_FREE_FINISHED, None);
+        Some((old, ranks))
     }
 
     /// Positions of the rows of one layer on one rank.

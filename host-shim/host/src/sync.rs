@@ -15,6 +15,18 @@ pub use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 #[cfg(feature = "model")]
 pub use modelled::{Mutex, RwLock};
 
+/// Gives a lock to who waits for it, if anybody does.
+#[cfg(not(feature = "model"))]
+pub fn unlock_fairly<T>(guard: MutexGuard<'_, T>) {
+    MutexGuard::unlock_fair(guard);
+}
+
+/// Gives a lock to anybody: loom tries them all.
+#[cfg(feature = "model")]
+pub fn unlock_fairly<T>(guard: MutexGuard<'_, T>) {
+    drop(guard);
+}
+
 /// loom's locks with the names and answers of `parking_lot`'s.
 #[cfg(feature = "model")]
 mod modelled {

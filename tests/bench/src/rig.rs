@@ -4,7 +4,9 @@ use std::ptr::{null, null_mut};
 
 use kvhook_abi::raw::*;
 use kvhook_host::c_api::*;
+use kvhook_host::host::Host;
 use kvhook_host::raw::*;
+use kvhook_host::spec::ArmSpec;
 pub use kvhook_testing::{array, array_mut};
 
 use crate::error::{Error, Result};
@@ -283,19 +285,25 @@ pub struct Operator(*mut KvhookHost);
 
 // SAFETY: the host's functions may be called from any thread.
 unsafe impl Send for Operator {}
+// SAFETY: as above.
+unsafe impl Sync for Operator {}
 
 impl Operator {
-    /// Makes a command's changes.
+    /// Gives the arm new instances of a plugin that is loaded already.
     ///
     /// # Errors
     /// [`Error::Refused`].
     ///
     /// # Safety
-    /// The rig lives.
-    pub unsafe fn control(&self, command: &str) -> Result<()> {
-        // SAFETY: the host lives, by the caller's promise; the text is borrowed for the call.
-        call("kvhook_control", |error| unsafe {
-            kvhook_control(self.0, KvhStr::new(command), KVHOOK_SOURCE_OPERATOR, error)
+    /// The rig lives; `entry` is a plugin's static entry.
+    pub unsafe fn swap(&self, config: &str, entry: *const KvhPluginEntry) -> Result<()> {
+        let spec = ArmSpec::new("arm", "loaded", config);
+        // SAFETY: by the caller's promise; the host's handle is the host.
+        let made = unsafe { (*self.0.cast::<Host>()).arm_set_entry(&spec, entry) };
+        made.map_err(|error| Error::Refused {
+            function: "arm_set_entry",
+            status: error.status(),
+            message: error.to_string(),
         })
     }
 }

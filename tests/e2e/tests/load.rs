@@ -677,3 +677,110 @@ fn built_by_another_compiler_version() {
     assert!(compiler.contains(&version) || version.contains(&compiler), "{compiler:?} and {version:?}");
     assert!(create_from(&library, "", KVH_CAN_QUERIES).is_ok());
 }
+
+/// What a command of `kvhook_control` may load, in a host whose plugins come from one folder.
+mod live {
+    use kvhook_e2e::model::{CONTIGUOUS, plugins as config_of};
+    use kvhook_e2e::tiny;
+    use kvhook_engine::hooks::Source;
+    use kvhook_engine::{Error, Model, PluginConfig, Runner};
+
+    use super::*;
+
+    /// A host with the arm `a`, whose plugins come from the place.
+    fn runner(place: &Place) -> Runner {
+        place.put("libkvhook_truncate.so", &plugins::bytes("truncate"));
+        let model = Arc::new(Model::load(&tiny::write(place.root(), 1)).unwrap());
+        let config = config_of(&[("a", "truncate", "keep=0.5")], place);
+        Runner::with_plugins(model, CONTIGUOUS, &PluginConfig { folders: vec![place.plugins()], ..config }).unwrap()
+    }
+
+    fn replace(runner: &Runner, plugin: &str, rest: &str, source: Source) -> Result<(), i32> {
+        let command = format!(
+            r#"{{"changes": [{{"weights": {{"a": 7}}}}, {{"replace": {{"name": "a", "plugin": "{plugin}"{rest}}}}}]}}"#
+        );
+        match runner.plugins().unwrap().control(&command, source) {
+            Err(Error::Plugin { status, .. }) => Err(status),
+            other => other.map_err(|error| panic!("{error}")),
+        }
+    }
+
+    #[test]
+    fn paths_and_links() {
+        let _alone = alone();
+        let place = Place::new();
+        let runner = runner(&place);
+        let before = runner.plugins().unwrap().arms_json().unwrap();
+        let instances = live_instances();
+        let refuses = |plugin: &str, source, status| {
+            assert_eq!(replace(&runner, plugin, "", source), Err(status), "{plugin}");
+            assert_eq!((runner.plugins().unwrap().arms_json().unwrap(), live_instances()), (before.clone(), instances));
+        };
+        let outside = place.root().join("outside.so");
+        fs::write(&outside, plugins::bytes("noop")).unwrap();
+        symlink(&outside, place.plugins().join("libkvhook_linked.so")).unwrap();
+        symlink(place.root(), place.plugins().join("door")).unwrap();
+        let inside = |name: &str| place.plugins().join(name).to_string_lossy().into_owned();
+        let operator = Source::Operator;
+        refuses(&outside.to_string_lossy(), operator, KVHOOK_ERR_PATH_NOT_ALLOWED);
+        refuses(&inside("../outside.so"), operator, KVHOOK_ERR_PATH_NOT_ALLOWED);
+        refuses("/etc/passwd", operator, KVHOOK_ERR_PATH_NOT_ALLOWED);
+        refuses("linked", operator, KVHOOK_ERR_PATH_IS_LINK);
+        refuses(&inside("libkvhook_linked.so"), operator, KVHOOK_ERR_PATH_IS_LINK);
+        refuses(&inside("door/outside.so"), operator, KVHOOK_ERR_PATH_IS_LINK);
+        refuses("missing", operator, KVHOOK_ERR_FILE_MISSING);
+        place.put("libkvhook_text.so", b"#!/bin/sh");
+        refuses("text", operator, KVHOOK_ERR_NOT_ELF);
+        // From a network: no path at all, whatever it leads to.
+        for plugin in [&*inside("libkvhook_truncate.so"), "./libkvhook_truncate.so", "plugins/x", "..", ""] {
+            let status = if plugin.is_empty() { KVHOOK_ERR_SPEC } else { KVHOOK_ERR_MODEL_PATH };
+            refuses(plugin, Source::Model, status);
+        }
+        refuses("linked", Source::Model, KVHOOK_ERR_PATH_IS_LINK);
+        assert_eq!(replace(&runner, "truncate", r#", "config": "keep=0.25""#, Source::Model), Ok(()));
+    }
+
+    /// Someone puts another file in the place of the pinned one, again and again, by renaming and by writing. Whatever is
+    /// there when the host looks, what it loads is what it hashed: either the pinned plugin, which takes this config, or
+    /// none. The other one would refuse the config.
+    #[test]
+    fn a_file_that_is_replaced_all_the_time() {
+        let _alone = alone();
+        let place = Place::new();
+        let runner = runner(&place);
+        let (right, wrong) = (plugins::unique(plugins::bytes("truncate")), plugins::unique(plugins::bytes("noop")));
+        let pin = ContentHash::of(&right);
+        let path = place.put("libkvhook_x.so", &right);
+        let rest = format!(r#", "config": "keep=0.25", "sha256": "{pin}""#);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let mut loaded = [0; 2];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0.. {
+                    let bytes = if round % 2 == 0 { &wrong } else { &right };
+                    if round % 3 == 0 {
+                        fs::write(&path, bytes).unwrap();
+                    } else {
+                        let other = place.put("other", bytes);
+                        fs::rename(other, &path).unwrap();
+                    }
+                    if done.load(std::sync::atomic::Ordering::SeqCst) {
+                        break;
+                    }
+                }
+            });
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            // Until both were met, and often enough that what lies between them may have been, too.
+            while (loaded.contains(&0) || loaded[0] + loaded[1] < 60) && std::time::Instant::now() < end {
+                match replace(&runner, "x", &rest, Source::Operator) {
+                    Ok(()) => loaded[1] += 1,
+                    Err(KVHOOK_ERR_CHECKSUM | KVHOOK_ERR_FILE_CHANGED | KVHOOK_ERR_FILE_UNREADABLE) => loaded[0] += 1,
+                    Err(other) => panic!("status {other}"),
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::SeqCst);
+        });
+        assert!(loaded[0] > 0, "{loaded:?}");
+        println!("{} refused, {} loaded", loaded[0], loaded[1]);
+    }
+}
