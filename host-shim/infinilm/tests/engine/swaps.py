@@ -58,6 +58,12 @@ REFUSED = [
 ARMS = ("a", "b")
 
 
+def first_arms() -> list[dict]:
+    """The arms before the first swap."""
+    plugin, config = GOOD["last"]
+    return [{"name": name, "plugin": plugin, "config": config} for name in ARMS]
+
+
 def command(draw: random.Random, good: dict) -> tuple[list, bool]:
     """One swap, with other changes beside it, and whether it can be made."""
     name = draw.choice(ARMS)
@@ -153,7 +159,7 @@ def main() -> None:
     from kvhook_infinilm import HostError
 
     good = GOOD | (WITH_QUERIES if job["queries"] else {})
-    form = {"arms": [{"name": name, "plugin": "truncate"} for name in ARMS]}
+    form = {"arms": first_arms()}
     kvhook_infinilm.attach(json.dumps(form), folders=job["folders"], strict=True)
     from infinilm.llm import LLM
 

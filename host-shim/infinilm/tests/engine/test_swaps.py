@@ -77,7 +77,7 @@ def test_no_request_notices_a_swap(kind, model, depth, prompts):
 
 def test_nor_one_over_http(kind, model, depth, prompts, tmp_path):
     good = swaps.GOOD | (swaps.WITH_QUERIES if depth == "shim" else {})
-    form = [{"name": name, "plugin": "truncate"} for name in swaps.ARMS]
+    form = swaps.first_arms()
     configured = model_files.copy_with(model, tmp_path / "model", kv_plugin=form)
     flags = [*FLAGS[kind], "--kv-plugin-path", str(faulty.library().parent)]
     some = prompts[6:10]
