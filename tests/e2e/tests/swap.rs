@@ -400,7 +400,7 @@ impl Server<'_> {
             tokens: self.alone.prompts[prompt].clone(),
             max_new_tokens: most,
             arm: arm.map(Into::into),
-            key: random.next().to_string(),
+            key: random.number().to_string(),
             ..Request::default()
         };
         let began = self.shared.clock.load(SeqCst);
