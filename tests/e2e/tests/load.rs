@@ -690,16 +690,17 @@ mod live {
     /// A host with the arm `a`, whose plugins come from the place.
     fn runner(place: &Place) -> Runner {
         place.put("libkvhook_truncate.so", &plugins::bytes("truncate"));
-        let model = Arc::new(Model::load(&tiny::write(place.root(), 1)).unwrap());
+        let model = Arc::new(Model::load(&tiny::write(place.root(), 1)).expect("the model can be read"));
         let config = config_of(&[("a", "truncate", "keep=0.5")], place);
-        Runner::with_plugins(model, CONTIGUOUS, &PluginConfig { folders: vec![place.plugins()], ..config }).unwrap()
+        Runner::with_plugins(model, CONTIGUOUS, &PluginConfig { folders: vec![place.plugins()], ..config })
+            .expect("the arm can be made")
     }
 
     fn replace(runner: &Runner, plugin: &str, rest: &str, source: Source) -> Result<(), i32> {
         let command = format!(
             r#"{{"changes": [{{"weights": {{"a": 7}}}}, {{"replace": {{"name": "a", "plugin": "{plugin}"{rest}}}}}]}}"#
         );
-        match runner.plugins().unwrap().control(&command, source) {
+        match runner.plugins().expect("it has plugins").control(&command, source) {
             Err(Error::Plugin { status, .. }) => Err(status),
             other => other.map_err(|error| panic!("{error}")),
         }
