@@ -211,9 +211,10 @@ impl<'a> Plan<'a> {
     /// What the host answers: no rows, not offered.
     pub fn lend_rows(&mut self) -> Result<Vec<LentLayer<'a>>, PluginError> {
         let lent = self.call.lend(self.index, self.sequence.layer_count())?;
-        let next_position = self.sequence.next_position();
+        let (uid, next_position) = (self.sequence.uid(), self.sequence.next_position());
         let on_cpu = self.call.on_cpu();
-        Ok(lent.into_iter().map(|raw| LentLayer(LayerView::new(raw, next_position, on_cpu))).collect())
+        let view = |raw| LayerView::new(raw, next_position, on_cpu).of_sequence(uid);
+        Ok(lent.into_iter().map(|raw| LentLayer(view(raw))).collect())
     }
 
     /// Replaces the rows of `layer` by the lent ones: gives a buffer for the position that each of `count` new rows

@@ -32,6 +32,8 @@ pub trait Scorer: Sized + Send + Sync + 'static {
     const VERSION: &'static str;
     /// Whether [`Self::window_queries`] may be above 0.
     const MAY_ASK_QUERIES: bool = false;
+    /// Whether it is shown every query of the prompt: [`Self::see`] and [`Self::forget`] are implemented.
+    const SEES_QUERIES: bool = false;
 
     /// Makes a scorer for one model and one rank.
     ///
@@ -44,6 +46,26 @@ pub trait Scorer: Sized + Send + Sync + 'static {
         0
     }
 
+    /// Takes what it wants of the queries of one sequence in one layer of one step, in ordinary memory. Row
+    /// `sequence.first_token + i` of `queries`, by token and query head, with RoPE applied, is that of position
+    /// `sequence.first_position + i`.
+    ///
+    /// Layer by layer, each position from 0 on comes once and in order, in steps of any size. A sequence of which a
+    /// position was not shown is never scored: it is kept.
+    ///
+    /// # Errors
+    /// The step's sequences are kept.
+    fn see(&mut self, layer: usize, sequence: &StepSequence<'_>, queries: &Rows) -> Result<(), PluginError> {
+        let _ = (layer, sequence, queries);
+        Ok(())
+    }
+
+    /// Drops what [`Self::see`] took of a sequence, of which it may have seen nothing. In [`Self::score`] its name is
+    /// [`LayerView::uid`].
+    fn forget(&mut self, uid: u64) {
+        let _ = uid;
+    }
+
     /// Scores the entries of one head of one layer: `scores[t]` for row `t`, higher is kept. NaN is an error. Heads
     /// run in parallel.
     ///
@@ -51,7 +73,8 @@ pub trait Scorer: Sized + Send + Sync + 'static {
     /// The sequence is kept; others of the same call are not touched by it.
     fn score(&self, layer: &LayerView<'_>, head: usize, scores: &mut [f32]) -> Result<(), PluginError>;
 
-    /// Whether [`Self::score_on_device`] is implemented. Else a cache on a device is refused at `create`.
+    /// Whether [`Self::score_on_device`] is implemented. Else a cache on a device is refused at `create`, and with
+    /// [`Self::SEES_QUERIES`] always.
     #[cfg(feature = "cuda")]
     const ON_DEVICE: bool = false;
 
@@ -150,6 +173,8 @@ pub struct Scored<S> {
     pub(crate) window: usize,
     /// The last queries of each sequence, by uid, then by layer.
     queries: HashMap<u64, Vec<Window>>,
+    /// Positions of each sequence that the scorer was shown, from 0 on without a gap, by uid, then by layer.
+    shown: HashMap<u64, Vec<u64>>,
     /// For a cache on a device.
     #[cfg(feature = "cuda")]
     pub(crate) on_device: Option<OnDevice>,
@@ -161,13 +186,18 @@ impl<S: Scorer> Plugin for Scored<S> {
     const VERSION: &'static str = S::VERSION;
     const HOOKS: Hooks = {
         let plans = Hooks::ON_PREFILL_DONE.and(Hooks::ON_GROWN);
-        if S::MAY_ASK_QUERIES { plans.and(Hooks::BEFORE_ATTENTION).and(Hooks::ON_FREE) } else { plans }
+        let queries = S::MAY_ASK_QUERIES || S::SEES_QUERIES;
+        if queries { plans.and(Hooks::BEFORE_ATTENTION).and(Hooks::ON_FREE) } else { plans }
     };
-    const MAY_NEED: Can = if S::MAY_ASK_QUERIES { Can::GROWN.and(Can::QUERIES).and(Can::STATE) } else { Can::GROWN };
+    const MAY_NEED: Can = {
+        let queries = if S::SEES_QUERIES { Can::QUERIES.and(Can::ALL_QUERIES) } else { Can::QUERIES };
+        let some = S::MAY_ASK_QUERIES || S::SEES_QUERIES;
+        if some { Can::GROWN.and(queries).and(Can::STATE) } else { Can::GROWN }
+    };
 
     fn create(context: &CreateContext<'_>, config: Self::Config) -> Result<Self, PluginError> {
         #[cfg(feature = "cuda")]
-        let can = S::ON_DEVICE;
+        let can = S::ON_DEVICE && !S::SEES_QUERIES;
         #[cfg(not(feature = "cuda"))]
         let can = false;
         if !context.model.on_cpu() && !can {
@@ -201,6 +231,7 @@ impl<S: Scorer> Plugin for Scored<S> {
             layers,
             window,
             queries: HashMap::new(),
+            shown: HashMap::new(),
             #[cfg(feature = "cuda")]
             on_device,
         })
@@ -216,7 +247,11 @@ impl<S: Scorer> Plugin for Scored<S> {
         if self.config.every > 0 {
             needs.must = needs.must.and(Can::GROWN);
         }
-        if self.window > 0 {
+        if S::SEES_QUERIES {
+            needs.must = needs.must.and(Can::ALL_QUERIES);
+            needs.window_queries = u32::MAX;
+        }
+        if needs.window_queries > 0 {
             needs.must = needs.must.and(Can::QUERIES).and(Can::STATE);
             needs.before_attention =
                 if self.config.every > 0 { Phases::PREFILL.and(Phases::DECODE) } else { Phases::PREFILL };
@@ -277,7 +312,7 @@ impl<S: Scorer> Plugin for Scored<S> {
     }
 
     fn before_attention(&mut self, _call: &Call<'_>, step: &StepView<'_>) -> Result<(), PluginError> {
-        if self.window == 0 {
+        if self.window == 0 && !S::SEES_QUERIES {
             return Ok(());
         }
         #[cfg(feature = "cuda")]
@@ -287,6 +322,12 @@ impl<S: Scorer> Plugin for Scored<S> {
         let q = step.q()?;
         for sequence in step.sequences() {
             let sequence = sequence?;
+            if S::SEES_QUERIES {
+                self.show(step.layer(), &sequence, &q)?;
+            }
+            if self.window == 0 {
+                continue;
+            }
             let layers = self.queries.entry(sequence.uid).or_default();
             if layers.len() < self.layers.len() {
                 layers.resize_with(self.layers.len(), Window::default);
@@ -300,6 +341,9 @@ impl<S: Scorer> Plugin for Scored<S> {
 
     fn on_free(&mut self, uid: u64, _reason: FreeReason) -> Result<(), PluginError> {
         self.queries.remove(&uid);
+        if S::SEES_QUERIES && self.shown.remove(&uid).is_some() {
+            self.scorer.forget(uid);
+        }
         #[cfg(feature = "cuda")]
         if let Some(on_device) = &mut self.on_device {
             on_device.windows.forget(uid);
@@ -386,8 +430,25 @@ impl<S: Scorer> Scored<S> {
         parallel::for_each(heads, bytes, |(layer, head, indices)| self.choose(&layer, head, &segments, indices))
     }
 
+    /// Shows the scorer one sequence's part of a step, unless one before it is missing.
+    fn show(&mut self, layer: usize, sequence: &StepSequence<'_>, queries: &Rows) -> Result<(), PluginError> {
+        let layers = self.shown.entry(sequence.uid).or_insert_with(|| vec![0; self.layers.len()]);
+        let Some(end) = layers.get_mut(layer) else {
+            let count = self.layers.len();
+            return Err(PluginError::InvalidArgument(format!("layer {layer} of a model with {count}")));
+        };
+        if sequence.first_position == *end {
+            self.scorer.see(layer, sequence, queries)?;
+            *end += sequence.tokens as u64;
+        }
+        Ok(())
+    }
+
     /// The layer with the sequence's last queries, or nothing when too few were seen.
     fn add_queries<'a>(&'a self, layer: LayerView<'a>, sequence: &SequenceView<'_>) -> Option<LayerView<'a>> {
+        if S::SEES_QUERIES && *self.shown.get(&sequence.uid())?.get(layer.index())? != sequence.next_position() {
+            return None;
+        }
         if self.window == 0 {
             return Some(layer);
         }

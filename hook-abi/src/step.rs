@@ -83,7 +83,7 @@ impl<'a> StepView<'a> {
         } else {
             // SAFETY: not null, so the contract says that it points to a layer, during the call.
             let layer = unsafe { boundary::read(raw.cache, "sequence.cache")? };
-            Some(LayerView::new(layer, raw.first_position, self.on_cpu))
+            Some(LayerView::new(layer, raw.first_position, self.on_cpu).of_sequence(raw.uid))
         };
         Ok(StepSequence {
             uid: raw.uid,

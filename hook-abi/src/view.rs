@@ -102,7 +102,7 @@ impl<'a> SequenceView<'a> {
     /// [`PluginError::InvalidArgument`] when there is no such layer or the host described it badly.
     pub fn layer(&self, index: usize) -> Result<LayerView<'a>, PluginError> {
         let raw = self.layers.get(index)?;
-        Ok(LayerView::new(raw, self.raw.next_position, self.on_cpu))
+        Ok(LayerView::new(raw, self.raw.next_position, self.on_cpu).of_sequence(self.raw.uid))
     }
 
     /// All layers, in order.
@@ -164,6 +164,7 @@ impl<'a> Segments<'a> {
 #[derive(Clone, Copy)]
 pub struct LayerView<'a> {
     raw: RawLayer,
+    uid: Option<u64>,
     next_position: u64,
     on_cpu: bool,
     queries: Option<Queries<'a>>,
@@ -216,7 +217,13 @@ impl<'a> LayerView<'a> {
             table: raw.table,
             positions: raw.positions,
         };
-        Self { raw, next_position, on_cpu, queries: None, marker: PhantomData }
+        Self { raw, uid: None, next_position, on_cpu, queries: None, marker: PhantomData }
+    }
+
+    /// The same view, which knows its sequence.
+    pub(crate) fn of_sequence(mut self, uid: u64) -> Self {
+        self.uid = Some(uid);
+        self
     }
 
     /// The same view, with the last queries of the sequence.
@@ -228,6 +235,16 @@ impl<'a> LayerView<'a> {
     /// Index of the layer in the model.
     pub fn index(&self) -> usize {
         self.raw.layer as usize
+    }
+
+    /// Name of the sequence; `None` for a view of [`Self::from_raw`].
+    pub fn uid(&self) -> Option<u64> {
+        self.uid
+    }
+
+    /// Position of the sequence's next token: tokens seen so far, kept or not.
+    pub fn next_position(&self) -> u64 {
+        self.next_position
     }
 
     /// What its cache holds.

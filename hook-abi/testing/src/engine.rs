@@ -104,6 +104,7 @@ impl Engine {
             kinds: Vec::new(),
             cache_dtype: dtype_of(Dtype::F32),
             can: KVH_CAN_QUERIES
+                | KVH_CAN_ALL_QUERIES
                 | KVH_CAN_LAYER_COUNTS
                 | KVH_CAN_STATE
                 | KVH_CAN_REWRITE
