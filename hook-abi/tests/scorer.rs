@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::collections::HashMap;
+
 use kvhook_abi::export::{Static, Tables};
+use kvhook_abi::kernels::Rows;
 use kvhook_abi::raw::*;
 use kvhook_abi::scorer::Scored;
-use kvhook_abi::{Can, CreateContext, LayerView, NoConfig, PluginError, Scorer};
+use kvhook_abi::{Can, CreateContext, LayerView, NoConfig, PluginError, Scorer, StepSequence};
 use kvhook_testing::{Answer, Bounded, Dtype, Engine, Fault, Form, Instance, Layer, Message, Seen, Sequence, Shape};
 use proptest::prelude::*;
 
@@ -64,6 +67,44 @@ impl Scorer for LastQuery {
     }
 }
 
+/// Scores nothing unless it was shown every position once and in order.
+#[derive(Default)]
+struct All(HashMap<(u64, usize), Vec<u64>>);
+
+impl Scorer for All {
+    type Config = NoConfig;
+    const ID: &'static str = "all";
+    const VERSION: &'static str = "1.0.0";
+    const SEES_QUERIES: bool = true;
+
+    fn create(_: &CreateContext<'_>, _: NoConfig) -> Result<Self, PluginError> {
+        Ok(Self::default())
+    }
+
+    fn see(&mut self, layer: usize, sequence: &StepSequence<'_>, queries: &Rows) -> Result<(), PluginError> {
+        assert!(sequence.first_token + sequence.tokens <= queries.capacity());
+        let end = sequence.first_position + sequence.tokens as u64;
+        self.0.entry((sequence.uid, layer)).or_default().extend(sequence.first_position..end);
+        Ok(())
+    }
+
+    fn forget(&mut self, uid: u64) {
+        self.0.retain(|(of, _), _| *of != uid);
+    }
+
+    fn score(&self, layer: &LayerView<'_>, _: usize, scores: &mut [f32]) -> Result<(), PluginError> {
+        let seen = layer.uid().and_then(|uid| self.0.get(&(uid, layer.index())));
+        match seen {
+            Some(seen) if seen.iter().copied().eq(0..layer.next_position()) => {
+                scores.fill(0.0);
+                Ok(())
+            }
+            other => Err(PluginError::Internal(format!("shown {other:?}"))),
+        }
+    }
+}
+
+static ALL: Static<KvhPluginEntry> = Tables::<Scored<All>>::entry();
 static FIRST: Static<KvhPluginEntry> = Tables::<Scored<First>>::entry();
 static LAST_QUERY: Static<KvhPluginEntry> = Tables::<Scored<LastQuery>>::entry();
 
@@ -264,4 +305,37 @@ fn both_ways_to_say_how_much_are_refused() {
     let fault = Engine::new(SHAPE).create(FIRST.get(), "keep=0.5,budget=9").err();
     let Some(Fault::Refused { status: KVH_ERR_CONFIG, message }) = fault else { panic!("{fault:?}") };
     assert!(message.contains("`keep`") && message.contains("`budget`"), "{message}");
+}
+
+#[test]
+fn a_scorer_that_sees_queries_is_shown_each_position_once_and_in_order() {
+    let shape = Shape { layers: 2, ..SHAPE };
+    let mut instance = Engine::new(shape).create(ALL.get(), "budget=4,sinks=1,recent=1").unwrap();
+    let needs = instance.needs().unwrap();
+    assert_eq!((needs.window_queries, needs.phases), (u32::MAX, KVH_PHASE_PREFILL));
+    assert_eq!(needs.must & KVH_CAN_ALL_QUERIES, KVH_CAN_ALL_QUERIES);
+    let prompt = |uid| Sequence::new(uid, vec![cache(10, Form::HeadMajor); 2]);
+    let mut plan = |uid, steps: &[(u64, u64)]| {
+        for layer in 0..2 {
+            for &(start, end) in steps {
+                let queries = vec![vec![vec![0.5; 4]; 4]; (end - start) as usize];
+                let part = |uid| Seen { uid, prompt_length: 10, first_position: start, queries: queries.clone() };
+                // Another sequence before it, which is never finished.
+                instance.see(layer, KVH_PHASE_PREFILL, &[part(99), part(uid)], Dtype::F32).unwrap();
+            }
+        }
+        let answer = instance.plan_one(&prompt(uid)).unwrap();
+        instance.free(uid).unwrap();
+        (answer, instance.plan_one(&prompt(uid)).unwrap())
+    };
+    for (uid, steps) in [vec![(0, 10)], vec![(0, 3), (3, 4), (4, 10)], vec![(0, 3), (0, 3), (3, 10)]].iter().enumerate()
+    {
+        let (answer, freed) = plan(uid as u64 + 1, steps);
+        assert_eq!(answer.select().len(), 2, "{steps:?}");
+        assert_eq!(freed.reason(), KVH_REASON_QUERIES_MISSING, "{steps:?}");
+    }
+    for (uid, steps) in [vec![], vec![(4, 10)], vec![(0, 3), (4, 10)], vec![(0, 9)]].iter().enumerate() {
+        let (answer, _) = plan(uid as u64 + 11, steps);
+        assert_eq!(answer.reason(), KVH_REASON_QUERIES_MISSING, "{steps:?}");
+    }
 }

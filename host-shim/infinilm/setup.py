@@ -12,7 +12,15 @@ from setuptools.errors import ExecError, FileError
 
 PACKAGE = "kvhook_infinilm"
 WORKSPACE = Path(__file__).resolve().parents[2]
-CRATES = ("kvhook-host", "kvhook-noop", "kvhook-truncate", "kvhook-mlp-decouple")
+CRATES = (
+    "kvhook-host",
+    "kvhook-noop",
+    "kvhook-truncate",
+    "kvhook-mlp-decouple",
+    "kvhook-expected-attention",
+)
+# Plugins in C: one source file each.
+C_PLUGINS = ("lagkv",)
 HEADERS = (
     "hook-abi/include/kvhook.h",
     "host-shim/host/include/kvhook_host.h",
@@ -55,6 +63,20 @@ def build_libraries() -> list[Path]:
     return [libraries[crate] for crate in CRATES]
 
 
+def build_c_plugins(folder: Path) -> list[Path]:
+    """The shared libraries of the plugins in C, built into a folder with the compiler that cargo links with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = []
+    for name in C_PLUGINS:
+        library = folder / f"libkvhook_{name}.so"
+        command = [os.environ.get("CC", "cc"), "-std=c11", "-O2", "-shared", "-fPIC", "-Wl,-z,nodelete"]
+        command += ["-I", "hook-abi/include", f"plugins/{name}/{name}.c", "-o", str(library), "-lm"]
+        if subprocess.run(command, cwd=WORKSPACE).returncode != 0:
+            raise ExecError(f"`{' '.join(command)}` in {WORKSPACE} failed; its messages are above")
+        libraries.append(library)
+    return libraries
+
+
 def place(file: Path, folder: Path) -> Path:
     """Copies a file by write-then-rename: a process may have the old one loaded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +96,7 @@ class BuildPy(build_py):
             # What an earlier build left would be packed again, also modules that are gone.
             shutil.rmtree(package, ignore_errors=True)
         libraries = build_libraries()
+        libraries += build_c_plugins(Path(self.get_finalized_command("build").build_temp).resolve())
         super().run()
         native = package / "native"
         self.placed = [place(library, native) for library in libraries]

@@ -48,15 +48,8 @@ pub fn expected_attention(
     }
     let mut attention = vec![0.0; length];
     for logits in &logits {
-        let skip: usize = std::env::var("EA_SKIP").map_or(0, |v| v.parse().unwrap_or(0)).min(logits.len() - 1);
-        let highest = logits[skip..].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if std::env::var("EA_DEBUG").is_ok() {
-            let mut sorted = logits.clone();
-            sorted.sort_by(f32::total_cmp);
-            let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
-            eprintln!("head {head} min {} 10% {} 50% {} 90% {} max {} first {:?}", at(0.0), at(0.1), at(0.5), at(0.9), at(1.0), &logits[..5]);
-        }
-        let total: f64 = logits[skip..].iter().map(|logit| f64::from((logit - highest).exp())).sum();
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let total: f64 = logits.iter().map(|logit| f64::from((logit - highest).exp())).sum();
         for (attention, logit) in attention.iter_mut().zip(logits) {
             *attention += (f64::from((logit - highest).exp()) / (total * queries.len() as f64)) as f32;
         }

@@ -27,8 +27,8 @@ kvhook_abi::config! {
         future: u64 = 512, from 1;
         /// Whether queries spread around their mean; false: all are like their mean, which costs less and loses more.
         covariance: bool = true;
-        /// Added to the expected attention before it is multiplied by the norm of the value.
-        epsilon: f32 = 0.0, in 0.0..=1.0;
+        /// Added to the expected attention, all of which is 1, before it is multiplied by the norm of the value.
+        epsilon: f32 = 0.01, in 0.0..=1.0;
     }
 }
 

@@ -27,7 +27,9 @@ impl Rope {
     /// [`PluginError::Unsupported`] for positions of several axes, and for a pairing that is not known.
     pub fn new(model: &ModelInfo) -> Result<Self, PluginError> {
         let unsupported = |what: String| {
-            let text = format!("{what}; expected-attention turns queries back by RoPE of one axis, paired in halves or neighbours");
+            let text = format!(
+                "{what}; expected-attention turns queries back by RoPE of one axis, paired in halves or neighbours"
+            );
             Err(PluginError::Unsupported(text))
         };
         if model.position_axes != 1 {

@@ -65,7 +65,8 @@ fn scores_are_those_of_pytorch() {
     for case in cases() {
         let (tokens, rope) = (case.q.len(), Rope::new(&model(&case)).unwrap());
         // By query head, then by token.
-        let q: Vec<_> = (0..case.q[0].len()).map(|head| case.q.iter().map(|heads| heads[head].clone()).collect()).collect();
+        let q: Vec<_> =
+            (0..case.q[0].len()).map(|head| case.q.iter().map(|heads| heads[head].clone()).collect()).collect();
         let (_q, queries) = rows(&q);
         let (_k, keys) = rows(&case.k);
         let mut statistics = Statistics::default();

@@ -146,7 +146,8 @@ fn what_it_needs_is_every_query() {
 #[test]
 fn a_wrong_config_is_refused_by_the_key() {
     let engine = Engine::new(Shape::new(1, 1, 1, 16));
-    for (config, key) in [("future=0", "future"), ("epsilon=-1", "epsilon"), ("covariance=2", "covariance"), ("futur=1", "future")]
+    for (config, key) in
+        [("future=0", "future"), ("epsilon=-1", "epsilon"), ("covariance=2", "covariance"), ("futur=1", "future")]
     {
         match engine.create(entry(), config) {
             Err(Fault::Refused { message, .. }) => assert!(message.contains(key), "{message}"),

@@ -111,7 +111,12 @@ fn each_costs_no_more_than_its_gate_and_less_than_a_random_choice() {
         let Measured { kl, loss, agreement } = &measured[name];
         let (kl, ppl, top1) = (summarise(kl), perplexity(summarise(loss).mean), summarise(agreement).mean);
         let gate = gate.map_or(String::new(), |gate| format!("<= {gate}"));
-        println!("{name:<12} KL {:.4} +- {:.4}  PPL {ppl:6.2}  top-1 {:5.1}%  {gate}", kl.mean, kl.standard_error, 100.0 * top1);
+        println!(
+            "{name:<12} KL {:.4} +- {:.4}  PPL {ppl:6.2}  top-1 {:5.1}%  {gate}",
+            kl.mean,
+            kl.standard_error,
+            100.0 * top1
+        );
     }
     for (name, _, _, _, gate) in &arms {
         let kl = summarise(&measured[name].kl).mean;
@@ -141,21 +146,20 @@ fn answer(runner: &mut Runner, prompt: &[u32], question: &[u32], arm: &str) -> S
 #[test]
 fn expected_attention_at_half_finds_the_passkey() {
     let trials = from_environment("KVHOOK_PASSKEYS", PASSKEYS);
-    let arms: Vec<Arm> = vec![("half", "expected-attention", std::env::var("EA_CONFIG").unwrap_or("keep=0.5".into()), 0.5, None)];
+    let arms: Vec<Arm> = arms().into_iter().filter(|(name, ..)| *name == "expected-50").collect();
     let mut runner = runner(&arms);
     let mut found = 0;
     for trial in 0..trials {
-        let name = TEXTS[trial % TEXTS.len()];
-        let tokens = match std::env::var("EA_TEXT") { Ok(path) => model().tokenizer.encode(&std::fs::read_to_string(path).unwrap()).unwrap(), Err(_) => text(name) };
+        let tokens = text(TEXTS[trial % TEXTS.len()]);
         let start = 3_000 + 9_000 * (trial / TEXTS.len() % 8);
         let filler = runner.model().tokenizer.decode(&tokens[start..start + T + 64]).unwrap();
         let depth = (trial as f64 + 0.5) / trials as f64;
         let key = 10_007 + 14_983 * (trial as u32 % 6);
         let passkey = Passkey::new(&runner.model().tokenizer, &filler, key, depth, T).unwrap();
-        let answer = answer(&mut runner, &passkey.prompt, &passkey.question, "half");
-        println!("{name}, depth {depth:.2}: {key}, answered {answer:?}");
-        found += usize::from(passkey.found_in(&answer));
+        let answer = answer(&mut runner, &passkey.prompt, &passkey.question, "expected-50");
+        println!("depth {depth:.2}: {key}, answered {answer:?}");
+        found += usize::from(answer.contains(&passkey.key));
     }
     println!("found {found} of {trials}");
-    assert!(found * 6 >= trials * 5, "{found} of {trials}");
+    assert!(found * 6 >= trials * 5, "found {found} of {trials}");
 }
