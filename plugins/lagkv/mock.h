@@ -112,8 +112,8 @@ static inline KvhText mock_text(Mock *mock) {
     return (KvhText){.data = mock->text, .capacity = sizeof mock->text - 1};
 }
 
-/* Makes an instance. Unless the answer is KVH_OK, `mock->text` says why. */
-static inline KvhStatus mock_create(Mock *mock, const char *config) {
+/* Makes an instance for a cache on a device of some type. Unless the answer is KVH_OK, `mock->text` says why. */
+static inline KvhStatus mock_create_on(Mock *mock, const char *config, int32_t device_type) {
     memset(mock, 0, sizeof *mock);
     mock->entry = kvh_plugin_entry_v1();
     mock->host = (KvhHost){
@@ -141,7 +141,7 @@ static inline KvhStatus mock_create(Mock *mock, const char *config) {
         .name = KVH_LITERAL("mock model"),
         .ranks = 1,
         .total_kv_heads = MOCK_HEADS,
-        .device = {.device_type = KVH_DEVICE_CPU},
+        .device = {.device_type = device_type},
         .cache_dtype = {.code = KVH_DTYPE_FLOAT, .bits = 32, .lanes = 1},
         .position_axes = 1,
         .max_positions = 4096,
@@ -160,6 +160,11 @@ static inline KvhStatus mock_create(Mock *mock, const char *config) {
     };
     KvhText error = mock_text(mock);
     return mock->entry->create(&args, &mock->instance, &error);
+}
+
+/* The same in ordinary memory. */
+static inline KvhStatus mock_create(Mock *mock, const char *config) {
+    return mock_create_on(mock, config, KVH_DEVICE_CPU);
 }
 
 static inline void mock_destroy(Mock *mock) {

@@ -146,6 +146,10 @@ static void a_wrong_config_is_refused_by_the_key(void) {
     }
 }
 
+static void a_cache_on_a_device_is_refused_by_name(void) {
+    CHECK(mock_create_on(&mock, "", KVH_DEVICE_CUDA) == KVH_ERR_UNSUPPORTED && strstr(mock.text, "CUDA device") != NULL);
+}
+
 int main(void) {
     of_each_block_the_most_uneven_entries_stay();
     without_blocks_to_choose_from_the_most_recent_entries_stay();
@@ -153,6 +157,7 @@ int main(void) {
     what_is_no_number_keeps_the_sequence_and_says_so();
     a_short_sequence_is_kept();
     a_wrong_config_is_refused_by_the_key();
+    a_cache_on_a_device_is_refused_by_name();
     printf("%s\n", failures == 0 ? "all tests passed" : "tests failed");
     return failures != 0;
 }

@@ -28,7 +28,7 @@ kvhook_abi::config! {
         /// Whether queries spread around their mean; false: all are like their mean, which costs less and loses more.
         covariance: bool = true;
         /// Added to the expected attention, all of which is 1, before it is multiplied by the norm of the value.
-        epsilon: f32 = 0.01, in 0.0..=1.0;
+        epsilon: f32 = 0.003, in 0.0..=1.0;
     }
 }
 

@@ -41,7 +41,7 @@ fn entry() -> &'static KvhPluginEntry {
 fn lagkv_keeps_every_rule() {
     for config in ["lag=8", "lag=16,keep=0.3,sinks=0", "{\"budget\": 30, \"lag\": 4}"] {
         let subject = Subject::new(entry(), config);
-        // Rule 8 looks at the whole process, in which the model's tests run: it is checked below, alone.
+        // Rule 8 looks at the whole process, in which the model's tests run beside this one.
         for rule in RULES.iter().filter(|rule| rule.number != 8) {
             rule.check(&subject)
                 .unwrap_or_else(|fault| panic!("`{config}` breaks rule {} ({}): {fault}", rule.number, rule.name));
@@ -110,7 +110,7 @@ fn expected(scores: &[f64], lag: usize, chosen: usize, tokens: usize) -> Vec<u32
 }
 
 #[test]
-fn lagkv_refuses_a_cache_on_a_device_by_name() {
+fn lagkv_refuses_elements_that_it_does_not_read() {
     let mut engine = Engine::new(Shape::new(1, 1, 1, 16));
     engine.cache_dtype.bits = 8;
     let refusal = engine.create(entry(), "").err().unwrap().to_string();
