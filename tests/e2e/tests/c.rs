@@ -103,6 +103,8 @@ impl Engine {
     fn command(&self, plugin: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.arg(plugin).args(arguments).arg("--copies").arg(self.place.copies());
+        // cargo's puts a library of an older build before the one that the program was linked with.
+        command.env_remove("LD_LIBRARY_PATH");
         command
     }
 

@@ -81,7 +81,7 @@ struct Measured {
 }
 
 #[test]
-fn each_costs_no_more_than_its_gate_and_less_than_a_random_choice() {
+fn each_costs_no_more_than_its_gate() {
     let (arms, passages) = (arms(), from_environment("KVHOOK_PASSAGES", 1));
     let mut runner = runner(&arms);
     let mut measured: BTreeMap<&str, Measured> = BTreeMap::new();
@@ -122,7 +122,7 @@ fn each_costs_no_more_than_its_gate_and_less_than_a_random_choice() {
         let kl = summarise(&measured[name].kl).mean;
         assert!(gate.is_none_or(|gate| kl <= gate), "{name}: KL {kl:.4} is above {gate:?}");
     }
-    for (good, random) in [("expected-50", "random-50"), ("expected-25", "random-25"), ("lagkv-50", "random-50")] {
+    for (good, random) in [("expected-50", "random-50"), ("expected-25", "random-25")] {
         let difference = paired_difference(&measured[good].kl, &measured[random].kl);
         println!("{good} - {random}: KL {:+.4} +- {:.4}", difference.mean, difference.standard_error);
         assert!(difference.mean < 0.0, "{good} is not better than a random choice: {difference:?}");
