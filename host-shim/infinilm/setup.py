@@ -69,7 +69,14 @@ def build_c_plugins(folder: Path) -> list[Path]:
     libraries = []
     for name in C_PLUGINS:
         library = folder / f"libkvhook_{name}.so"
-        command = [os.environ.get("CC", "cc"), "-std=c11", "-O2", "-shared", "-fPIC", "-Wl,-z,nodelete"]
+        command = [
+            os.environ.get("CC", "cc"),
+            "-std=c11",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-Wl,-z,nodelete",
+        ]
         command += ["-I", "hook-abi/include", f"plugins/{name}/{name}.c", "-o", str(library), "-lm"]
         if subprocess.run(command, cwd=WORKSPACE).returncode != 0:
             raise ExecError(f"`{' '.join(command)}` in {WORKSPACE} failed; its messages are above")

@@ -98,12 +98,14 @@ impl Inside {
             let library = loaded?;
             let metadata = load::check_without_running(image.bytes())?;
             let file = File { metadata, imports: load::imports(image.bytes())?, load_time };
+            // For the rest of this process, which checks one plugin.
+            let entry = Box::leak(Box::new(*library.entry()));
             let subject = Subject {
                 shape: options.shape.0,
                 seed: options.seed,
                 rope_base: options.rope_base,
                 file: Some(file),
-                ..Subject::new(library.entry(), options.config.clone())
+                ..Subject::new(entry, options.config.clone())
             };
             Ok(Self::Loaded { subject: Box::new(subject), _library: library })
         };

@@ -38,24 +38,18 @@ pub struct Library {
     version: String,
     hash: ContentHash,
     path: PathBuf,
-    entry: StaticEntry,
+    entry: Entry,
     functions: Functions,
     hooks: Hooks,
 }
 
-/// What was read of an entry, kept for as long as the library: for ever.
-struct StaticEntry(&'static KvhPluginEntry);
+/// What was read of an entry.
+struct Entry(KvhPluginEntry);
 
-impl StaticEntry {
-    fn keep(entry: KvhPluginEntry) -> Self {
-        Self(Box::leak(Box::new(entry)))
-    }
-}
-
-// SAFETY: plain data and functions, never written.
-unsafe impl Send for StaticEntry {}
+// SAFETY: plain data and functions, never written; what they lead to is the library's, for ever.
+unsafe impl Send for Entry {}
 // SAFETY: as above.
-unsafe impl Sync for StaticEntry {}
+unsafe impl Sync for Entry {}
 
 impl Library {
     /// The plugin's short name.
@@ -74,8 +68,8 @@ impl Library {
     }
 
     /// What it exports, for tests that call it without a host.
-    pub fn entry(&self) -> &'static KvhPluginEntry {
-        self.entry.0
+    pub fn entry(&self) -> &KvhPluginEntry {
+        &self.entry.0
     }
 
     /// Where its file was found first.
@@ -160,7 +154,7 @@ impl Library {
             version: version.to_owned(),
             hash: image.hash(),
             path: image.path().to_owned(),
-            entry: StaticEntry::keep(entry),
+            entry: Entry(entry),
             functions,
             hooks,
         })
@@ -194,7 +188,7 @@ impl Library {
             },
             // SAFETY: `hook` is the plugin's.
             hooks: unsafe { Hooks::fetch(hook)? },
-            entry: StaticEntry::keep(entry),
+            entry: Entry(entry),
         })
     }
 }

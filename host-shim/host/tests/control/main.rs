@@ -35,7 +35,10 @@ fn arms(engine: &Engine) -> Value {
     let mut buffer = vec![0u8; 1 << 16];
     let mut text = KvhText::over(&mut buffer);
     call(|error| unsafe { kvhook_arms_json(engine.raw, &mut text, error) }).unwrap();
-    serde_json::from_slice(&buffer[..text.length]).unwrap()
+    let mut all: Value = serde_json::from_slice(&buffer[..text.length]).unwrap();
+    // Other tests' hosts are in this process, too.
+    assert!(all.as_object_mut().unwrap().remove("instances").unwrap().is_u64());
+    all
 }
 
 fn arm(engine: &Engine, name: &str) -> Value {

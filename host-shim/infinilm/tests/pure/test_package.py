@@ -22,7 +22,9 @@ HEADERS = (
 )
 
 
-@pytest.mark.parametrize("name", ["host", "noop", "truncate", "mlp_decouple", "expected_attention", "lagkv"])
+@pytest.mark.parametrize(
+    "name", ["host", "noop", "truncate", "mlp_decouple", "expected_attention", "lagkv"]
+)
 def test_the_libraries_are_there(name):
     with (PACKAGE / "native" / f"libkvhook_{name}.so").open("rb") as file:
         assert file.read(4) == b"\x7fELF"

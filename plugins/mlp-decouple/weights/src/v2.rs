@@ -59,7 +59,8 @@ pub fn read(bytes: &[u8]) -> Result<Stored<'_>, WeightsError> {
     let file = SafeTensors::deserialize(bytes)?;
     let mut tensors = BTreeMap::new();
     let mut dtype = None;
-    for (name, view) in file.iter() {
+    // By name, so that the same file gets the same message.
+    for (name, view) in file.iter().collect::<BTreeMap<_, _>>() {
         let place = canonical_place(name).ok_or_else(|| WeightsError::UnknownTensor { tensor: name.into() })?;
         let found = element(view.dtype());
         let expected = *dtype.get_or_insert(found.unwrap_or(Dtype::F16));
