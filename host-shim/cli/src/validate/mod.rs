@@ -7,7 +7,6 @@
 mod process;
 pub mod report;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvhook_abi::raw::KVH_ERR_PANIC;
@@ -85,7 +84,7 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Rule>, CliError> {
 
 /// The plugin in this process.
 enum Inside {
-    Loaded { subject: Box<Subject>, _library: Arc<Library> },
+    Loaded(Box<Subject>),
     Refused(HostError),
 }
 
@@ -95,26 +94,25 @@ impl Inside {
         let loaded = load::load_image(image, None, &policy.copy_folder);
         let load_time = clock.busy();
         let described = || -> Result<Self, HostError> {
-            let library = loaded?;
+            // For the rest of this process, which checks one plugin.
+            let library: &'static Library = Box::leak(Box::new(loaded?));
             let metadata = load::check_without_running(image.bytes())?;
             let file = File { metadata, imports: load::imports(image.bytes())?, load_time };
-            // For the rest of this process, which checks one plugin.
-            let entry = Box::leak(Box::new(*library.entry()));
             let subject = Subject {
                 shape: options.shape.0,
                 seed: options.seed,
                 rope_base: options.rope_base,
                 file: Some(file),
-                ..Subject::new(entry, options.config.clone())
+                ..Subject::new(library.entry(), options.config.clone())
             };
-            Ok(Self::Loaded { subject: Box::new(subject), _library: library })
+            Ok(Self::Loaded(Box::new(subject)))
         };
         described().unwrap_or_else(Self::Refused)
     }
 
     fn check(&self, rule: &Rule) -> Result<Outcome, CliError> {
         let subject = match self {
-            Self::Loaded { subject, .. } => subject,
+            Self::Loaded(subject) => subject,
             Self::Refused(error) => return Ok(Outcome::Broken { reason: format!("a host refuses it: {error}") }),
         };
         let found = match rule.check(subject) {
