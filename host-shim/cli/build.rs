@@ -1,5 +1,5 @@
 //! Packs what `kvhook new` puts into a project beside its templates: for a plugin in Rust the crates that it is built with,
-//! for one in C the header. So the program needs no checkout.
+//! for one in C the headers. So the program needs no checkout.
 
 use std::io::{Error, Result, Write};
 use std::path::{Path, PathBuf};
@@ -38,6 +38,9 @@ fn main() -> Result<()> {
 
     let mut c = Pack::new(&repository);
     c.add("hook-abi/include/kvhook.h", "include/kvhook.h")?;
+    for header in ["helpers.h", "mock.h"] {
+        c.add(&format!("hook-abi/c/{header}"), header)?;
+    }
     for licence in LICENCES {
         c.add(licence, &format!("include/{licence}"))?;
     }

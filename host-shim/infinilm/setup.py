@@ -77,7 +77,8 @@ def build_c_plugins(folder: Path) -> list[Path]:
             "-fPIC",
             "-Wl,-z,nodelete",
         ]
-        command += ["-I", "hook-abi/include", f"plugins/{name}/{name}.c", "-o", str(library), "-lm"]
+        command += ["-I", "hook-abi/include", "-I", "hook-abi/c"]
+        command += [f"plugins/{name}/{name}.c", "-o", str(library), "-lm"]
         if subprocess.run(command, cwd=WORKSPACE).returncode != 0:
             raise ExecError(f"`{' '.join(command)}` in {WORKSPACE} failed; its messages are above")
         libraries.append(library)

@@ -4,7 +4,7 @@
  * in each channel, where an entry lies between that block's least and greatest value. An entry whose channels lie far apart
  * from each other is hard to foretell, and kept; of each block the same share. Sinks, the last whole block and what is behind
  * it are kept whole. No queries are needed. */
-#include "helpers.h"
+#include "config.h"
 
 #include <math.h>
 
@@ -34,9 +34,9 @@ static KvhStatus create(const KvhCreateArgs *args, KvhInstance **instance, KvhTe
         [LAG] = {.key = "lag", .least = 1, .most = 1e12, .whole = 1, .value = 128},
         [MIN_TOKENS] = {.key = "min_tokens", .least = 0, .most = 1e12, .whole = 1},
     };
-    if (instance == NULL || !IS_WHOLE(args, KvhCreateArgs, config) || !IS_WHOLE(args->model, KvhModel, layers) ||
-        !IS_WHOLE(args->host, KvhHost, service)) {
-        return fail(error, KVH_ERR_INVALID_ARGUMENT, "`create`: an argument is null or too short");
+    if (instance == NULL || !HAS(args, KvhCreateArgs, config) || !HAS(args->model, KvhModel, layers) ||
+        !HAS(args->host, KvhHost, service)) {
+        return not_called_right(error, "create");
     }
     if (!read_numbers(args->config, config, KEYS, error)) {
         return KVH_ERR_CONFIG;
@@ -92,8 +92,8 @@ static void destroy(KvhInstance *instance) {
 }
 
 static KvhStatus needs(KvhInstance *instance, KvhNeeds *needs, KvhText *error) {
-    if (instance == NULL || !IS_WHOLE(needs, KvhNeeds, min_tokens)) {
-        return fail(error, KVH_ERR_INVALID_ARGUMENT, "`needs`: an argument is null or too short");
+    if (instance == NULL || !HAS(needs, KvhNeeds, min_tokens)) {
+        return not_called_right(error, "needs");
     }
     needs->min_tokens = instance->min_tokens;
     return KVH_OK;
@@ -110,8 +110,8 @@ static uint64_t rows_kept(const KvhInstance *instance, uint64_t layer, uint64_t 
 }
 
 static KvhStatus bound(KvhInstance *instance, const KvhBoundArgs *args, KvhBoundOut *out, KvhText *error) {
-    if (instance == NULL || !IS_WHOLE(args, KvhBoundArgs, lengths) || !IS_WHOLE(out, KvhBoundOut, reason)) {
-        return fail(error, KVH_ERR_INVALID_ARGUMENT, "`bound`: an argument is null or too short");
+    if (instance == NULL || !HAS(args, KvhBoundArgs, lengths) || !HAS(out, KvhBoundOut, reason)) {
+        return not_called_right(error, "bound");
     }
     if (args->lengths.count != instance->layers) {
         return fail(error, KVH_ERR_INVALID_ARGUMENT, "%llu lengths for %llu layers",
@@ -366,8 +366,8 @@ static void plan_sequence(KvhInstance *instance, KvhCall *call, uint64_t index, 
 }
 
 static KvhStatus on_prefill_done(KvhInstance *instance, const KvhPrepareArgs *args, KvhPrepareOut *out, KvhText *error) {
-    if (instance == NULL || !IS_WHOLE(args, KvhPrepareArgs, sequences) || !IS_WHOLE(out, KvhPrepareOut, plans)) {
-        return fail(error, KVH_ERR_INVALID_ARGUMENT, "`on_prefill_done`: an argument is null or too short");
+    if (instance == NULL || !HAS(args, KvhPrepareArgs, sequences) || !HAS(out, KvhPrepareOut, plans)) {
+        return not_called_right(error, "on_prefill_done");
     }
     for (uint64_t i = 0; i < args->sequences.count; i++) {
         const KvhSequence *sequence = KVH_AT(KvhSequence, args->sequences, i);

@@ -17,7 +17,7 @@ use crate::error::CliError;
 
 /// The crates that a plugin in Rust is built with, below `vendor/`.
 static RUST_FILES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/rust.tar.gz"));
-/// The header that a plugin in C is built with, below `include/`.
+/// The header that a plugin in C is built with, below `include/`, its helpers, and the mock engine of its test.
 static C_FILES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/c.tar.gz"));
 
 /// Writes the project into a new folder of `parent`, named as the plugin, and gives its path.

@@ -42,13 +42,11 @@ const RUST_SCORER: [Template; 2] =
 const RUST_REWRITER: [Template; 2] =
     [("src/lib.rs", template!("rust/rewriter/lib.rs")), ("tests/plugin.rs", template!("rust/rewriter/plugin.rs"))];
 
-const C: [Template; 6] = [
+const C: [Template; 4] = [
     ("Makefile", template!("c/Makefile")),
     ("README.md", template!("c/README.md")),
     (".gitignore", template!("c/gitignore")),
     (".github/workflows/ci.yml", template!("c/ci.yml")),
-    ("helpers.h", template!("c/helpers.h")),
-    ("mock.h", template!("c/mock.h")),
 ];
 
 const C_SCORER: [Template; 2] = [("plugin-name.c", template!("c/scorer.c")), ("test.c", template!("c/scorer_test.c"))];
