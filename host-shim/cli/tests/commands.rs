@@ -2,17 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::sync::OnceLock;
 
+use common::{KVHOOK, fail, kvhook};
 use serde_json::Value;
-
-const KVHOOK: &str = env!("CARGO_BIN_EXE_kvhook");
-
-fn kvhook(arguments: &[&str]) -> Output {
-    Command::new(KVHOOK).args(arguments).output().unwrap()
-}
 
 /// Runs a command that must succeed; gives what it printed on both streams.
 fn succeed(arguments: &[&str]) -> (String, String) {
@@ -20,16 +17,6 @@ fn succeed(arguments: &[&str]) -> (String, String) {
     let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     assert!(output.status.success(), "{arguments:?}: {}\n{err}", output.status);
     (out, err)
-}
-
-/// Runs a command that must fail with `code`, and say `words` on standard error.
-fn fail(arguments: &[&str], code: i32, words: &[&str]) {
-    let output = kvhook(arguments);
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}:\n{err}");
-    for word in words {
-        assert!(err.contains(word), "{arguments:?}: no `{word}` in\n{err}");
-    }
 }
 
 /// The default model, fetched on first use.

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
 mod fixture;
 
 use std::path::PathBuf;
-use std::process::{Command, Output};
 
+use common::{fail, kvhook};
 use fixture::{HOSTILE_WORDS, comparison};
 use kvhook::eval::{Evaluation, Verdict};
 use kvhook::page;
@@ -146,19 +147,6 @@ fn page_begins_with_the_verdict() {
     assert!(warning < conclusion && conclusion < sentence && sentence < table);
     for outside in ["http:", "https:", "src=", "href=", "url(", "<script", "NaN"] {
         assert!(!page.contains(outside), "{outside}");
-    }
-}
-
-fn kvhook(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_kvhook")).args(arguments).output().unwrap()
-}
-
-fn fail(arguments: &[&str], code: i32, words: &[&str]) {
-    let output = kvhook(arguments);
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}:\n{err}");
-    for word in words {
-        assert!(err.contains(word), "{arguments:?}: no `{word}` in\n{err}");
     }
 }
 
