@@ -12,9 +12,10 @@ mod lagkv;
 
 use std::collections::BTreeMap;
 
+use kvhook_e2e::measured::Measured;
 use kvhook_e2e::model::{bits, model, paged, plugins, text};
 use kvhook_e2e::plugins::Place;
-use kvhook_engine::quality::{Passkey, argmax, mean_kl, nll, paired_difference, perplexity, summarise, top1_agreement};
+use kvhook_engine::quality::{Passkey, argmax, paired_difference, perplexity, summarise};
 use kvhook_engine::runner::LogitsRow;
 use kvhook_engine::{Begin, Runner, Scoring};
 
@@ -73,13 +74,6 @@ fn continuation(runner: &mut Runner, passage: &[u32], arm: &str, kept: usize) ->
     rows
 }
 
-#[derive(Default)]
-struct Measured {
-    kl: Vec<f64>,
-    loss: Vec<f64>,
-    agreement: Vec<f64>,
-}
-
 #[test]
 fn each_costs_no_more_than_its_gate() {
     let (arms, passages) = (arms(), from_environment("KVHOOK_PASSAGES", 1));
@@ -93,10 +87,7 @@ fn each_costs_no_more_than_its_gate() {
             let mut recent = Vec::new();
             for (arm, _, _, keep, _) in &arms {
                 let rows = continuation(&mut runner, passage, arm, ((T - 1) as f64 * keep) as usize);
-                let measured = measured.entry(arm).or_default();
-                measured.kl.push(mean_kl(&full, &rows));
-                measured.loss.push(nll(&rows, &passage[T..]));
-                measured.agreement.push(top1_agreement(&full, &rows));
+                measured.entry(arm).or_default().add(&full, &rows, &passage[T..]);
                 // At a quarter of this prompt no block is left to choose from: sinks and the most recent rows stay.
                 match *arm {
                     "lagkv-25" => recent = rows,
@@ -119,7 +110,7 @@ fn each_costs_no_more_than_its_gate() {
         );
     }
     for (name, _, _, _, gate) in &arms {
-        let kl = summarise(&measured[name].kl).mean;
+        let kl = measured[name].kl();
         assert!(gate.is_none_or(|gate| kl <= gate), "{name}: KL {kl:.4} is above {gate:?}");
     }
     for (good, random) in [("expected-50", "random-50"), ("expected-25", "random-25")] {

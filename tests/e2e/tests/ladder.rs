@@ -11,8 +11,9 @@
 
 use std::collections::BTreeMap;
 
+use kvhook_e2e::measured::Measured;
 use kvhook_e2e::model::{bits, paged, runner, text};
-use kvhook_engine::quality::{mean_kl, nll, paired_difference, perplexity, summarise, top1_agreement};
+use kvhook_engine::quality::{paired_difference, perplexity, summarise};
 use kvhook_engine::runner::LogitsRow;
 use kvhook_engine::{Begin, CacheConfig, Device, Runner, Scoring};
 // Builds the plugin's shared library.
@@ -81,26 +82,6 @@ fn alone(runner: &mut Runner, rest: &[u32]) -> Vec<LogitsRow> {
     let rows = runner.score(id, &rest[..M], Scoring::Together).unwrap();
     runner.free(id).unwrap();
     rows
-}
-
-/// Measures of one arm, one value for each passage.
-#[derive(Default)]
-struct Measured {
-    kl: Vec<f64>,
-    loss: Vec<f64>,
-    agreement: Vec<f64>,
-}
-
-impl Measured {
-    fn add(&mut self, full: &[LogitsRow], rows: &[LogitsRow], targets: &[u32]) {
-        self.kl.push(mean_kl(full, rows));
-        self.loss.push(nll(rows, targets));
-        self.agreement.push(top1_agreement(full, rows));
-    }
-
-    fn kl(&self) -> f64 {
-        summarise(&self.kl).mean
-    }
 }
 
 /// Runs every arm over every passage.
